@@ -1,0 +1,351 @@
+"""Data: train a PPO expert on a Procgen game, then record it as video without actions (paper, section 5).
+
+The expert is PPO as in Cobbe et al. 2020, "Leveraging procedural generation to benchmark reinforcement learning".
+Its sampled actions are recorded. Frames and labels go to different files, so that stages 1 and 2 cannot see an action.
+
+reads   experts/<game>.pt (trained first if it is not there)
+writes  experts/<game>.pt, data/<game>/{train,test}/frames_NNN.npz and labels_NNN.npz
+
+paper scale   python collect_data.py --game bigfish
+CPU sized     python collect_data.py --game coinrun --train-frames 80_000 --test-frames 16_000 --frame-size 32
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+
+import common
+
+
+@dataclass
+class Args:
+    game: str = "bigfish"
+    """One of Procgen's 16 games."""
+    seed: int = 1
+    """Seeds networks, action sampling and the games themselves."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    data_dir: Path = Path("data")
+    """Frames and labels lie in <data-dir>/<game>."""
+    runs_dir: Path = Path("runs")
+    """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
+    experts_dir: Path = Path("experts")
+    """The expert is <experts-dir>/<game>.pt; an expert that is there is used, not trained again."""
+
+    train_frames: int = 8_000_000
+    """Frames to record for training (section 5: about 8M); 0 trains the expert only."""
+    test_frames: int = 100_000
+    """Frames to record from other seeds, to report on."""
+    frame_size: int = 64
+    """Side of the frames in pixels: 64 (the paper's), 32 or 16 (means over blocks). The expert sees the same frames."""
+    start_level: int = 0
+    """First level of the game."""
+    num_levels: int = 0
+    """Number of levels; 0 means all of them (the paper's)."""
+
+    expert_steps: int = 25_000_000
+    """Environment steps of PPO (Cobbe et al.: 25M)."""
+    expert_multiplier: float = 1
+    """Multiplies the expert's IMPALA channels (16, 32, 32)."""
+    num_envs: int = 64
+    """Games that step together."""
+    rollout_steps: int = 256
+    """Steps of each game between two updates."""
+    minibatches: int = 8
+    """Minibatches an epoch."""
+    epochs: int = 3
+    """Passes over a rollout."""
+    lr: float = 5e-4
+    """Adam's learning rate, constant."""
+    gamma: float = 0.999
+    """Discount."""
+    gae_lambda: float = 0.95
+    """Generalised advantage estimation."""
+    clip: float = 0.2
+    """Clips both the probability ratio and the value's change."""
+    entropy_coef: float = 0.01
+    """Weight of the entropy bonus."""
+    value_coef: float = 0.5
+    """Weight of the value loss."""
+    max_grad_norm: float = 0.5
+    """Clips the gradient's norm."""
+
+
+# --- networks ------------------------------------------------------------------------------------------------------
+
+
+def to_input(frames):
+    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], stacked on channels, laid out channels last."""
+    b, t, s, _, c = frames.shape
+    return frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2).float() / 255 - 0.5
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class ImpalaCNN(nn.Module):
+    """The convolutions of IMPALA (Espeholt et al. 2018): three times conv, max pool, two residual blocks."""
+
+    def __init__(self, in_channels, frame_size, multiplier):
+        super().__init__()
+        layers = []
+        for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)]
+            layers += [ResidualBlock(channels), ResidualBlock(channels)]
+            in_channels = channels
+        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+        self.num_features = channels * (frame_size // 8) ** 2
+
+    def forward(self, x):
+        return self.layers(x)  # (B, C, S, S) -> (B, 32 * multiplier * (S / 8)^2)
+
+
+class ExpertPolicy(nn.Module):
+    """Actor and critic on one IMPALA-CNN with a hidden layer of 256 (Cobbe et al. 2020)."""
+
+    def __init__(self, frame_size, multiplier):
+        super().__init__()
+        self.cnn = ImpalaCNN(3, frame_size, multiplier)
+        self.hidden = nn.Linear(self.cnn.num_features, 256)
+        self.actor = nn.Linear(256, common.NUM_ACTIONS)
+        self.critic = nn.Linear(256, 1)
+        nn.init.orthogonal_(self.actor.weight, 0.01)  # starts near uniform
+        nn.init.orthogonal_(self.critic.weight, 1.0)
+        nn.init.zeros_(self.actor.bias)
+        nn.init.zeros_(self.critic.bias)
+
+    def forward(self, obs):
+        """uint8 (B, S, S, 3) -> logits (B, 15), value (B,)"""
+        h = F.relu(self.hidden(self.cnn(to_input(obs[:, None]))))  # (B, 256)
+        return self.actor(h), self.critic(h)[:, 0]
+
+
+# --- PPO -----------------------------------------------------------------------------------------------------------
+
+
+class RewardNormalizer:
+    """Divides rewards by the running standard deviation of the discounted return, then clips them to +-10.
+
+    As OpenAI's VecNormalize, which Cobbe et al. used: the sum restarts where an episode ends, the mean is not subtracted.
+    """
+
+    def __init__(self, num_envs, gamma):
+        self.gamma = gamma
+        self.statistics = common.RunningMeanStd(shape=())
+        self.discounted = np.zeros(num_envs)
+
+    def __call__(self, reward, first):
+        """reward float [B] and first bool [B] of the same observe() -> float32 [B]"""
+        self.discounted = self.discounted * self.gamma + reward
+        self.statistics.update(self.discounted)
+        self.discounted[first] = 0.0
+        return np.clip(reward / np.sqrt(self.statistics.var + 1e-8), -10, 10).astype(np.float32)
+
+
+def compute_gae(rewards, values, firsts, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016).
+
+    rewards (T, B): what the action at t earned. values (T + 1, B) and firsts (T + 1, B) of the frames; no value or
+    advantage crosses an episode's end. Returns advantages (T, B) and the value targets (T, B).
+    """
+    advantages, advantage = torch.zeros_like(rewards), 0.0
+    for t in reversed(range(len(rewards))):
+        alive = 1.0 - firsts[t + 1].float()
+        delta = rewards[t] + gamma * values[t + 1] * alive - values[t]
+        advantages[t] = advantage = delta + gamma * gae_lambda * alive * advantage
+    return advantages, advantages + values[:-1]
+
+
+def ppo_loss(logits, value, action, old_logprob, old_value, advantage, target, clip, value_coef, entropy_coef):
+    """PPO's clipped loss (Schulman et al. 2017) on one minibatch, all (B,) but logits (B, A); value clipped as well.
+
+    Returns the loss and a dict of detached figures.
+    """
+    distribution = torch.distributions.Categorical(logits=logits, validate_args=False)
+    log_ratio = distribution.log_prob(action) - old_logprob
+    ratio = log_ratio.exp()
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    policy_loss = -torch.min(advantage * ratio, advantage * ratio.clamp(1 - clip, 1 + clip)).mean()
+    clipped_value = old_value + (value - old_value).clamp(-clip, clip)
+    value_loss = 0.5 * torch.max((value - target) ** 2, (clipped_value - target) ** 2).mean()
+    entropy = distribution.entropy().mean()
+    loss = policy_loss + value_coef * value_loss - entropy_coef * entropy
+    figures = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, kl=(ratio - 1 - log_ratio).mean())
+    return loss, {name: figure.detach() for name, figure in figures.items()}
+
+
+def sample_actions(logits, generator):
+    """logits (B, A) -> actions int64 (B,), drawn from the softmax."""
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def train_expert(args, device, path):
+    """Trains ExpertPolicy with PPO and writes it, in half precision, to `path`."""
+    policy = ExpertPolicy(args.frame_size, args.expert_multiplier).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr, eps=1e-5)
+    seed = common.derive_seed(args.seed, "expert")
+    envs = common.ProcgenEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
+    generator = torch.Generator(device).manual_seed(seed)
+    # Cobbe et al. left VecNormalize's own discount of 0.99 in place; gamma here, as CleanRL and others do since
+    normalize_reward = RewardNormalizer(args.num_envs, args.gamma)
+
+    t, b, s = args.rollout_steps, args.num_envs, args.frame_size
+    obs_buffer = torch.zeros(t, b, s, s, 3, dtype=torch.uint8, device=device)
+    actions = torch.zeros(t, b, dtype=torch.long, device=device)
+    logprobs = torch.zeros(t, b, device=device)
+    rewards = torch.zeros(t, b, device=device)
+    values = torch.zeros(t + 1, b, device=device)
+    firsts = torch.zeros(t + 1, b, dtype=torch.bool, device=device)
+
+    updates = max(1, args.expert_steps // (t * b))
+    log = common.MetricsLog(args.runs_dir / args.game / "expert.csv", updates * t * b, "step")
+    _, obs, first = envs.observe()
+    for update in range(1, updates + 1):
+        for step in range(t):
+            obs_buffer[step] = torch.from_numpy(obs)
+            firsts[step] = torch.from_numpy(first)
+            with torch.no_grad():
+                logits, values[step] = policy(obs_buffer[step])
+                actions[step] = sample_actions(logits, generator)
+            envs.act(actions[step].cpu().numpy())  # the games step while we store
+            logprobs[step] = logits.log_softmax(-1).gather(1, actions[step, :, None])[:, 0]
+            reward, obs, first = envs.observe()
+            rewards[step] = torch.from_numpy(normalize_reward(reward, first))
+        firsts[t] = torch.from_numpy(first)
+        with torch.no_grad():
+            values[t] = policy(torch.from_numpy(obs).to(device))[1]
+        advantages, targets = compute_gae(rewards, values, firsts, args.gamma, args.gae_lambda)
+
+        flat = [x.flatten(0, 1) for x in (obs_buffer, actions, logprobs, values[:-1], advantages, targets)]
+        for _ in range(args.epochs):
+            for rows in torch.randperm(t * b, generator=generator, device=device).chunk(args.minibatches):
+                mb_obs, mb_action, mb_logprob, mb_value, mb_advantage, mb_target = (x[rows] for x in flat)
+                loss, figures = ppo_loss(
+                    *policy(mb_obs), mb_action, mb_logprob, mb_value, mb_advantage, mb_target,
+                    args.clip, args.value_coef, args.entropy_coef,
+                )  # fmt: skip
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+                optimizer.step()
+
+        log.bar.update(t * b)
+        if update % 5 == 0 or update == updates:  # a row for every 82k steps at the paper's settings
+            finished = [episode_return for _, episode_return in envs.finished]
+            envs.finished.clear()
+            mean_return = float(np.mean(finished)) if finished else float("nan")
+            log.write(env_step=update * t * b, mean_return=mean_return, episodes=len(finished), **figures)
+            common.save_checkpoint(
+                path if update == updates else args.runs_dir / args.game / "expert.pt",
+                kind="expert", game=args.game, env_step=update * t * b, mean_return=mean_return,
+                frame_size=args.frame_size, multiplier=args.expert_multiplier,
+                start_level=args.start_level, num_levels=args.num_levels,
+                model={name: weight.half() for name, weight in policy.state_dict().items()},
+            )  # fmt: skip
+    log.bar.close()
+
+
+def load_expert(args, device, path):
+    """The expert at `path`, checked against the frames and levels asked for. Returns (policy, env steps it was trained)."""
+    made_by = f"python collect_data.py --game {args.game} with another --experts-dir"
+    expert = common.load_checkpoint(path, "expert", args.game, made_by)
+    for name in ("frame_size", "start_level", "num_levels"):
+        if expert[name] != getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            common.fail(f"{path} was trained with {flag} {expert[name]}, not {getattr(args, name)}; pass that, or train one: {made_by}")
+    policy = ExpertPolicy(expert["frame_size"], expert["multiplier"])
+    policy.load_state_dict(expert["model"])
+    return policy.to(device, memory_format=torch.channels_last).eval(), expert["env_step"]
+
+
+# --- recording -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def record(args, device, policy, split, num_frames, expert_return):
+    """Records `num_frames` frames of the expert's sampled actions in shards of at most num_envs streams x rollout_steps.
+
+    The streams of a shard lie one after the other, each in the order of time.
+    """
+    seed = common.derive_seed(args.seed, f"record {split}")
+    envs = common.ProcgenEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
+    generator = torch.Generator(device).manual_seed(seed)
+    folder = args.data_dir / args.game / split
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps(dict(game=args.game, start_level=args.start_level, num_levels=args.num_levels, seed=args.seed))
+
+    steps = -(-num_frames // args.num_envs)
+    bar = common.progress_bar(steps * args.num_envs, "frame", split)
+    _, obs, first = envs.observe()
+    for shard, start in enumerate(range(0, steps, args.rollout_steps)):
+        length = min(args.rollout_steps, steps - start)
+        shape = (args.num_envs, length)
+        frames = np.empty((*shape, args.frame_size, args.frame_size, 3), np.uint8)
+        firsts, actions, rewards = np.empty(shape, bool), np.empty(shape, np.uint8), np.empty(shape, np.float32)
+        for step in range(length):
+            frames[:, step], firsts[:, step] = obs, first
+            actions[:, step] = sample_actions(policy(torch.from_numpy(obs).to(device))[0], generator).cpu()
+            envs.act(actions[:, step])
+            rewards[:, step], obs, first = envs.observe()
+        firsts[:, 0] = True  # a stream starts here: its past lies in another shard
+
+        frames_npz = common.npz_bytes(obs=frames.reshape(-1, *frames.shape[2:]), first=firsts.reshape(-1), settings=settings)
+        if shard == 0:  # only now is it known how well the frames compress
+            needed = 1.05 * len(frames_npz) * steps / length
+            free = shutil.disk_usage(folder).free
+            print(f"{split}: {steps * args.num_envs:,} frames will take about {needed / 1e9:.2f} GB of {free / 1e9:.1f} GB free in {folder}")
+            if needed > free:
+                common.fail(f"{folder} has no room for {needed / 1e9:.1f} GB of frames; lower --{split}-frames or set --data-dir")
+            for old in [*folder.glob("frames_*.npz"), *folder.glob("labels_*.npz")]:
+                old.unlink()
+        common.write_bytes(folder / f"labels_{shard:03d}.npz", common.npz_bytes(
+            action=actions.reshape(-1), reward=rewards.reshape(-1), expert_return=np.float32(expert_return),
+        ))  # fmt: skip
+        common.write_bytes(folder / f"frames_{shard:03d}.npz", frames_npz)
+        bar.update(args.num_envs * length)
+    bar.close()
+
+
+def main(args):
+    common.check_game(args.game)
+    device = common.pick_device(args.device)
+    common.seed_everything(args.seed)
+    path = args.experts_dir / f"{args.game}.pt"
+    if path.exists():
+        print(f"expert: {path} is there and will be used")
+    else:
+        print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps on {device}, to {path}")
+        train_expert(args, device, path)
+    policy, env_step = load_expert(args, device, path)
+
+    seed = common.derive_seed(args.seed, "evaluate expert")
+    envs = common.ProcgenEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
+    generator = torch.Generator(device).manual_seed(seed)
+    returns = common.evaluate(envs, lambda obs: sample_actions(policy(torch.from_numpy(obs).to(device))[0], generator).cpu(), 4)
+    print(
+        f"expert: mean return {returns.mean():.2f} over {returns.size} episodes of {args.num_levels or 'all'} levels "
+        f"after {env_step:,} steps of PPO (the paper's, on all levels: {common.RETURNS[args.game][1]:.2f})"
+    )
+    if args.train_frames == 0:
+        return
+    record(args, device, policy, "train", args.train_frames, returns.mean())
+    record(args, device, policy, "test", args.test_frames, returns.mean())
+    print(f"frames and labels: {args.data_dir / args.game}\nnext: python train_latent_dynamics.py --game {args.game}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

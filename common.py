@@ -1,0 +1,259 @@
+"""What has one correct answer and teaches nothing about LAPO: games, files, frame store, evaluation, logging.
+
+No network, loss or schedule lives here; each script holds its own.
+"""
+
+import contextlib
+import csv
+import difflib
+import hashlib
+import io
+import json
+import os
+import random
+import sys
+import tempfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+with contextlib.redirect_stderr(io.StringIO()):  # gym greets every import with a notice about its successor
+    from gym.wrappers.normalize import RunningMeanStd  # noqa: F401 (for the scripts with PPO)
+    from procgen import ProcgenGym3Env
+
+NUM_ACTIONS = 15  # Procgen's: 9 moves (left-down, left, left-up, down, none, up, right-down, right, right-up), D A W S Q E
+
+# Mean episodic return of a uniformly random policy and of the paper's expert ("easy", all levels).
+RETURNS = {
+    "bigfish": (0.8742888, 36.336166), "bossfight": (0.04618272, 11.634365), "caveflyer": (2.5970738, 9.183605),
+    "chaser": (0.6632482, 9.955711), "climber": (2.2242901, 10.233627), "coinrun": (2.704834, 9.93251),
+    "dodgeball": (0.612983, 13.486584), "fruitbot": (-2.5330205, 29.925259), "heist": (3.0758767, 9.685265),
+    "jumper": (3.4105318, 8.46046), "leaper": (2.5105245, 7.4082565), "maze": (4.2726293, 9.969294),
+    "miner": (1.2513667, 11.892558), "ninja": (2.5599792, 9.474582), "plunder": (4.3207445, 11.460528),
+    "starpilot": (1.5251881, 66.98625),
+}  # fmt: skip
+
+
+def fail(message):
+    """Ends the run with one line on stderr and exit status 1."""
+    raise SystemExit(f"error: {message}")
+
+
+def check_game(game):
+    """Ends the run with the nearest names unless `game` is one of Procgen's 16."""
+    if game not in RETURNS:
+        near = difflib.get_close_matches(game, RETURNS, n=3, cutoff=0.4) or sorted(RETURNS)
+        fail(f"no Procgen game is called '{game}'; did you mean {', '.join(near)}?")
+
+
+def normalize_return(value, random_return, expert_return):
+    """0 for the random policy, 1 for the expert."""
+    return (value - random_return) / (expert_return - random_return)
+
+
+# --- devices and seeds ---------------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device; asked for and absent ends the run."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} is not usable here ({str(error).splitlines()[0]}); try --device cpu")
+
+
+def derive_seed(seed, purpose):
+    """Another 31-bit seed for each purpose, so that no two streams of one run share their random numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:4], "little") >> 1
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# --- games ---------------------------------------------------------------------------------------------------------
+
+
+class ProcgenEnvs:
+    """`num_envs` games of Procgen ("easy") that step together in C++ threads; seeded through `rand_seed`.
+
+    observe() -> reward float32 [B], obs uint8 [B, S, S, 3], first bool [B] (True where obs opens a new episode)
+    act(action int [B]) starts the next step and returns at once, so work done before observe() costs no time.
+
+    `finished` collects (env, episodic return) of every episode that ends; the caller empties it.
+    """
+
+    def __init__(self, game, num_envs, seed, start_level=0, num_levels=0, frame_size=64):
+        check_game(game)
+        self.num_envs, self.frame_size = num_envs, frame_size
+        self.games = ProcgenGym3Env(
+            num=num_envs,
+            env_name=game,
+            distribution_mode="easy",
+            start_level=start_level,
+            num_levels=num_levels,  # 0: all levels
+            rand_seed=seed,
+            num_threads=min(num_envs, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        )
+        self.finished = []
+        self._return = np.zeros(num_envs)
+        self._acted = False
+
+    def observe(self):
+        reward, obs, first = self.games.observe()
+        if self._acted:  # Procgen repeats the last reward when asked twice
+            self._return += reward
+            for env in np.flatnonzero(first):
+                self.finished.append((int(env), float(self._return[env])))
+                self._return[env] = 0.0
+            self._acted = False
+        return reward, area_mean(obs["rgb"], self.frame_size), first
+
+    def act(self, action):
+        self.games.act(np.asarray(action, dtype=np.int32))
+        self._acted = True
+
+
+def area_mean(obs, size):
+    """uint8 [B, 64, 64, 3] -> uint8 [B, size, size, 3]: the rounded mean of each block of pixels."""
+    factor = obs.shape[1] // size
+    if factor == 1:
+        return obs
+    total = sum(obs[:, i::factor, j::factor].astype(np.uint16) for i in range(factor) for j in range(factor))
+    return ((total + factor**2 // 2) // factor**2).astype(np.uint8)
+
+
+@torch.no_grad()
+def evaluate(envs, act, episodes_per_env):
+    """Plays until every environment has finished its quota of episodes.
+
+    A quota for each environment, and not the first episodes to finish, because the latter favours short ones.
+
+    envs: fresh ProcgenEnvs. act: obs uint8 [B, S, S, 3] -> actions int [B].
+    Returns float [B, episodes_per_env].
+    """
+    returns = [[] for _ in range(envs.num_envs)]
+    with progress_bar(envs.num_envs * episodes_per_env, "episode", "evaluate") as bar:
+        while min(map(len, returns)) < episodes_per_env:
+            envs.act(act(envs.observe()[1]))
+            envs.observe()
+            for env, episode_return in envs.finished:
+                if len(returns[env]) < episodes_per_env:
+                    returns[env].append(episode_return)
+                    bar.update()
+            envs.finished.clear()
+    return np.array(returns)
+
+
+def random_return(game, seed, start_level, num_levels):
+    """Mean return of the uniformly random policy: the paper's for all levels, else played here (256 episodes)."""
+    if num_levels == 0:
+        return RETURNS[game][0]
+    envs = ProcgenEnvs(game, 64, derive_seed(seed, "random policy"), start_level, num_levels)
+    rng = np.random.default_rng(seed)
+    return float(evaluate(envs, lambda obs: rng.integers(NUM_ACTIONS, size=len(obs)), 4).mean())
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a temporary path beside `path` that takes its place when the block ends well; else it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+
+
+def npz_bytes(**arrays):
+    """The bytes of a compressed .npz. Deflate level 1: Procgen's frames shrink nearly as far as at level 6, faster."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+    return buffer.getbuffer()
+
+
+def write_bytes(path, content):
+    with atomic_write(path) as temporary:
+        Path(temporary).write_bytes(content)
+
+
+def save_npz(path, **arrays):
+    write_bytes(path, npz_bytes(**arrays))
+
+
+def load_npz(path, keys, made_by):
+    """Arrays of `keys` from a .npz, as a dict; a file that is missing, cut short or lacks a key ends the run."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in keys}
+    except FileNotFoundError:
+        fail(f"{path} is missing; make it with: {made_by}")
+    except KeyError as error:
+        fail(f"{path} holds no {error}; make it anew with: {made_by}")
+    except Exception as error:  # zipfile, zlib, ValueError, EOFError: all mean that the file is damaged
+        fail(f"{path} is damaged ({type(error).__name__}); delete it and make it anew with: {made_by}")
+
+
+def save_checkpoint(path, **content):
+    """Tensors and plain Python values only, so that it loads with weights_only=True."""
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path, kind, game, made_by):
+    """The dict that save_checkpoint wrote, on the CPU; a file of another kind or game, or a damaged one, ends the run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path} is missing; make it with: {made_by}")
+    except Exception as error:  # torch.load answers damage with RuntimeError, EOFError, UnpicklingError and others
+        fail(f"{path} is damaged ({type(error).__name__}); delete it and make it anew with: {made_by}")
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        fail(f"{path} is not a checkpoint of kind '{kind}'; make it anew with: {made_by}")
+    if content["game"] != game:
+        fail(f"{path} was trained on '{content['game']}', not on '{game}'; make it anew with: {made_by}")
+    return content
+
+
+def progress_bar(total, unit, description=None):
+    """tqdm's bar; where nobody watches (a log file) it prints seldom."""
+    return tqdm(total=total, unit=unit, desc=description, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20.0)
+
+
+class MetricsLog:
+    """A progress bar with rate and time left; each write() goes to the screen and, as a row, to a CSV file."""
+
+    def __init__(self, path, total, unit):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.unlink(missing_ok=True)
+        self.bar = progress_bar(total, unit)
+
+    def write(self, **row):
+        row = {key: float(value) if isinstance(value, torch.Tensor) else value for key, value in row.items()}
+        with open(self.path, "a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+        self.bar.write("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
