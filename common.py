@@ -240,6 +240,14 @@ def progress_bar(total, unit, description=None):
     return tqdm(total=total, unit=unit, desc=description, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20.0)
 
 
+def track(items, description):
+    """Iterates over `items` behind a progress bar."""
+    with progress_bar(len(items), "file", description) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
 class MetricsLog:
     """A progress bar with rate and time left; each write() goes to the screen and, as a row, to a CSV file."""
 
@@ -257,3 +265,167 @@ class MetricsLog:
                 writer.writeheader()
             writer.writerow(row)
         self.bar.write("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+
+
+# --- frames and latents --------------------------------------------------------------------------------------------
+
+
+def valid_windows(first, context):
+    """bool [N]: True at i where frames i - context .. i + 1 belong to one episode of one stream."""
+    starts = np.concatenate([[0], np.cumsum(first)])  # starts[i]: how many of the rows before i open an episode
+    valid = np.zeros(len(first), bool)
+    i = np.arange(context, len(first) - 1)
+    valid[i] = starts[i + 2] == starts[i - context + 1]
+    return valid
+
+
+def list_shards(folder, kind, made_by):
+    """Sorted paths of <kind>_NNN.npz; an empty or missing folder ends the run."""
+    return sorted(Path(folder).glob(f"{kind}_*.npz")) or fail(f"{folder} holds no {kind}_NNN.npz; make them with: {made_by}")
+
+
+def read_frames(path, game):
+    """One shard: obs uint8 [N, S, S, 3], first bool [N], settings (a dict of plain values)."""
+    made_by = f"python collect_data.py --game {game}"
+    shard = load_npz(path, ("obs", "first", "settings"), made_by)
+    obs, first, settings = shard["obs"], shard["first"], json.loads(str(shard["settings"]))
+    if obs.dtype != np.uint8 or obs.ndim != 4 or obs.shape[1] != obs.shape[2] or obs.shape[3] != 3 or first.shape != obs.shape[:1]:
+        fail(f"{path} has obs {obs.dtype} {obs.shape} and first {first.shape}, not uint8 [N, S, S, 3] and [N]; make it anew with: {made_by}")
+    if settings["game"] != game:
+        fail(f"{path} was recorded from '{settings['game']}', not from '{game}'; make it anew with: {made_by}")
+    return obs, first, settings
+
+
+def beside(path, kind, folder=None):
+    """The path of another kind of file for the shard of `path`: frames_007.npz -> labels_007.npz."""
+    return Path(folder or path.parent) / f"{kind}_{path.stem.split('_')[-1]}.npz"
+
+
+def read_latents(shard_path, latents_dir, game):
+    """The latents of one shard: z float16 [N, Z], codes uint8 [N, C], valid bool [N]."""
+    made_by = f"python train_latent_dynamics.py --game {game}"
+    path = beside(shard_path, "latents", latents_dir)
+    shard = load_npz(path, ("z", "codes", "valid"), made_by)
+    return shard["z"], shard["codes"], shard["valid"]
+
+
+def read_labels(shard_path, game):
+    """The labels of one shard, as a dict: action uint8 [N], reward float32 [N], expert_return float32 []."""
+    return load_npz(beside(shard_path, "labels"), ("action", "reward", "expert_return"), f"python collect_data.py --game {game}")
+
+
+def count_rows(path):
+    """Rows of the first array of a .npz, read from its header alone."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(archive.namelist()[0]) as member:
+            np.lib.format.read_magic(member)
+            return np.lib.format.read_array_header_1_0(member)[0][0]
+    except Exception as error:
+        fail(f"{path} is damaged ({type(error).__name__}); delete it and make it anew with: python collect_data.py")
+
+
+class FrameStore:
+    """Draws windows of consecutive frames at random from all shards of a folder, in bounded memory.
+
+    Holds `pool_frames` frames at most. Where there are more on disk, a thread reads the next shard ahead, and after as
+    many draws as the oldest shard has windows that shard gives way: each window is drawn about once a pass.
+    """
+
+    def __init__(self, folder, game, context, pool_frames, seed, latents_dir=None):
+        self.paths = list_shards(folder, "frames", f"python collect_data.py --game {game}")
+        self.game, self.context, self.latents_dir = game, context, latents_dir
+        rows = [count_rows(path) for path in self.paths]
+        self.num_frames, self.slot_rows = sum(rows), max(rows)
+        if pool_frames < min(self.slot_rows, self.num_frames):
+            fail(f"--pool-frames {pool_frames} is less than one shard of {folder} ({self.slot_rows} frames)")
+        self.num_slots = min(len(self.paths), pool_frames // self.slot_rows)
+        self.rng = np.random.default_rng(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.queue = self._shards_for_ever()
+        self.obs = self.z = None
+        self.windows_of_slot, self.oldest, self.draws = [None] * self.num_slots, 0, 0
+        self.reader = ThreadPoolExecutor(1)
+        self.next_shard = self.reader.submit(self._read, next(self.queue))
+        for slot in range(self.num_slots):
+            self._replace(slot, read_ahead=slot + 1 < self.num_slots or self.num_slots < len(self.paths))
+
+    def _shards_for_ever(self):
+        while True:
+            yield from self.rng.permutation(len(self.paths))
+
+    def _read(self, index):
+        obs, first, settings = read_frames(self.paths[index], self.game)
+        if self.latents_dir is None:
+            return obs, None, valid_windows(first, self.context), settings
+        z, _, valid = read_latents(self.paths[index], self.latents_dir, self.game)
+        if len(z) != len(obs):
+            fail(f"{self.latents_dir} was made from other frames; make it anew with: python train_latent_dynamics.py --game {self.game}")
+        return obs, z, valid, settings
+
+    def _replace(self, slot, read_ahead=True):
+        obs, z, valid, self.settings = self.next_shard.result()
+        if read_ahead:
+            self.next_shard = self.reader.submit(self._read, next(self.queue))
+        if self.obs is None:
+            self.frame_size = obs.shape[1]
+            self.obs = torch.empty(self.num_slots * self.slot_rows, *obs.shape[1:], dtype=torch.uint8)
+            self.z = None if z is None else torch.empty(self.num_slots * self.slot_rows, z.shape[1], dtype=torch.float16)
+        start = slot * self.slot_rows
+        self.obs[start : start + len(obs)] = torch.from_numpy(obs)
+        if z is not None:
+            self.z[start : start + len(z)] = torch.from_numpy(z)
+        self.windows_of_slot[slot] = torch.from_numpy(start + np.flatnonzero(valid))
+        if all(windows is not None for windows in self.windows_of_slot):
+            self.windows = torch.cat(self.windows_of_slot)
+            if len(self.windows) == 0:
+                fail(f"no window of {self.context + 2} frames lies within an episode; record longer streams")
+
+    def _draw(self, batch):
+        rows = self.windows[torch.randint(len(self.windows), (batch,), generator=self.generator)]
+        self.draws += batch
+        return rows
+
+    def _stream(self):
+        if self.num_slots < len(self.paths) and self.draws >= len(self.windows_of_slot[self.oldest]):
+            self.draws -= len(self.windows_of_slot[self.oldest])
+            self._replace(self.oldest)
+            self.oldest = (self.oldest + 1) % self.num_slots
+
+    def sample_windows(self, batch):
+        """uint8 (B, context + 2, S, S, 3): o_{t-context} .. o_{t+1}"""
+        self._stream()
+        rows = self._draw(batch)[:, None] + torch.arange(-self.context, 2)
+        return self.obs[rows]
+
+    def sample_latents(self, batch):
+        """o_t uint8 (B, S, S, 3) and its latent action z_t float32 (B, Z)"""
+        self._stream()
+        rows = self._draw(batch)
+        return self.obs[rows], self.z[rows].float()
+
+
+def draw_rows(valid_of_path, count, seed):
+    """Draws `count` valid rows without replacement from {path: bool [N]}; returns {path: sorted rows}."""
+    paths = np.concatenate([np.full(valid.sum(), i) for i, valid in enumerate(valid_of_path.values())])
+    rows = np.concatenate([np.flatnonzero(valid) for valid in valid_of_path.values()])
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:count])
+    return {path: rows[chosen][paths[chosen] == i] for i, path in enumerate(valid_of_path)}
+
+
+def fixed_windows(folder, game, context, count, seed, max_shards=4):
+    """`count` windows to report on, uint8 [n, context + 2, S, S, 3], and where they lie ({path: rows}).
+
+    Drawn from at most `max_shards` shards spread over the folder.
+    """
+    paths = list_shards(folder, "frames", f"python collect_data.py --game {game}")
+    paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, max_shards).astype(int))]
+    shards = {path: read_frames(path, game) for path in paths}
+    where = draw_rows({path: valid_windows(first, context) for path, (_, first, _) in shards.items()}, count, seed)
+    return np.concatenate([shards[path][0][rows[:, None] + np.arange(-context, 2)] for path, rows in where.items()]), where
+
+
+def true_actions_to_report_on(where, game):
+    """int [n]: the actions of the rows of fixed_windows(), for figures alone, never for a loss; None without label files."""
+    if not all(beside(path, "labels").exists() for path in where):
+        return None
+    return np.concatenate([read_labels(path, game)["action"][rows] for path, rows in where.items()]).astype(int)

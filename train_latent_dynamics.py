@@ -1,0 +1,387 @@
+"""Stage 1: learn latent actions from video alone (paper, section 4.1).
+
+The inverse dynamics model (IDM) sees o_{t-k} .. o_{t+1} and emits a latent action z_t, which vector quantisation squeezes;
+the forward dynamics model (FDM) must predict o_{t+1} from o_{t-k} .. o_t and the quantised z_t. The FDM already knows the
+past, so what is worth sending through the bottleneck is what changed: mostly, the agent's action.
+
+reads   data/<game>/{train,test}/frames_NNN.npz (labels only to report how well z_t matches the true actions)
+writes  runs/<game>/latent_dynamics.pt, runs/<game>/{train,test}/latents_NNN.npz, runs/<game>/train_latent_dynamics.csv
+
+paper scale   python train_latent_dynamics.py --game bigfish
+CPU sized     python train_latent_dynamics.py --game coinrun --multiplier 0.5 --fdm-width 8 --batch-size 64 --lr 1e-3 \\
+                  --vq-decay 0.99 --grad-steps 2000
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import common
+
+
+@dataclass
+class Args:
+    game: str = "bigfish"
+    """One of Procgen's 16 games."""
+    seed: int = 1
+    """Seeds networks, action sampling and the games themselves."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    data_dir: Path = Path("data")
+    """Frames and labels lie in <data-dir>/<game>."""
+    runs_dir: Path = Path("runs")
+    """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
+    pool_frames: int = 1_000_000
+    """Frames held in memory at once (12 KB each at 64x64); more on disk than that are streamed."""
+    eval_every: int = 2000
+    """Gradient steps between reports on held-out episodes."""
+    eval_windows: int = 4096
+    """Held-out windows to report on, and as many training windows to fit the probe."""
+
+    context: int = 1
+    """k: frames before o_t that both models see (A.4: 1)."""
+    codebooks: int = 2
+    """Codebooks of the quantiser (A.4)."""
+    latents_per_codebook: int = 4
+    """Discrete latents that share a codebook (A.4)."""
+    embeddings: int = 64
+    """Embeddings of a codebook (A.4)."""
+    embedding_dim: int = 16
+    """Numbers of an embedding (A.4); z has codebooks * latents * dim = 128."""
+    commitment: float = 0.05
+    """Weight of the commitment loss (A.4)."""
+    vq_decay: float = 0.999
+    """Decay of the codebook's moving averages (A.4)."""
+    multiplier: float = 4
+    """Multiplies IMPALA's channels 16, 32, 32 (A.4: 4)."""
+    fdm_width: int = 24
+    """Channels of the U-Net's first block (official code: 24, 7.8M parameters)."""
+    grad_steps: int = 70_000
+    """Updates (A.4)."""
+    batch_size: int = 128
+    """Windows an update (A.4)."""
+    lr: float = 2e-4
+    """Adam's peak learning rate (A.4)."""
+    warmup_steps: int = 50
+    """Updates over which the learning rate rises from 10% to its peak; then it falls linearly to 1% (official code)."""
+    max_grad_norm: float = 2.0
+    """Clips the gradient's norm (official code)."""
+
+
+# --- networks ------------------------------------------------------------------------------------------------------
+
+
+def to_input(frames):
+    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], stacked on channels, laid out channels last."""
+    b, t, s, _, c = frames.shape
+    return frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2).float() / 255 - 0.5
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class ImpalaCNN(nn.Module):
+    """The convolutions of IMPALA (Espeholt et al. 2018): three times conv, max pool, two residual blocks."""
+
+    def __init__(self, in_channels, frame_size, multiplier):
+        super().__init__()
+        layers = []
+        for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)]
+            layers += [ResidualBlock(channels), ResidualBlock(channels)]
+            in_channels = channels
+        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+        self.num_features = channels * (frame_size // 8) ** 2
+
+    def forward(self, x):
+        return self.layers(x)  # (B, C, S, S) -> (B, 32 * multiplier * (S / 8)^2)
+
+
+class IDM(nn.Module):
+    """z_t = IDM(o_{t-k} .. o_{t+1}), before quantisation."""
+
+    def __init__(self, frame_size, context, multiplier, z_dim):
+        super().__init__()
+        self.cnn = ImpalaCNN(3 * (context + 2), frame_size, multiplier)
+        self.hidden = nn.Linear(self.cnn.num_features, 256)
+        self.head = nn.Linear(256, z_dim)
+
+    def forward(self, windows):
+        """uint8 (B, k + 2, S, S, 3) -> z (B, Z)"""
+        return self.head(F.relu(self.hidden(self.cnn(to_input(windows)))))
+
+
+class EMAVectorQuantizer(nn.Module):
+    """Replaces each piece of z by the nearest embedding; embeddings follow their pieces by moving averages (van den Oord
+    et al. 2017, appendix A.1). z is C codebooks x E numbers x P positions; the P positions share their codebook.
+    """
+
+    def __init__(self, codebooks, positions, embeddings, embedding_dim, decay):
+        super().__init__()
+        self.shape, self.decay = (codebooks, embedding_dim, positions), decay
+        start = torch.empty(codebooks, embeddings, embedding_dim).uniform_(-5 / embeddings, 5 / embeddings)
+        self.register_buffer("embedding", start)  # (C, K, E)
+        # counts start at 1, as if each embedding had been seen once where it stands: with counts of 0 (official code) the
+        # first update divides by almost nothing and the codes explode
+        self.register_buffer("count", torch.ones(codebooks, embeddings))  # (C, K)
+        self.register_buffer("total", start.clone())  # (C, K, E); embedding = total / count
+
+    def forward(self, z):
+        """z (B, C * E * P) -> z_q like z (gradients pass straight through), commitment loss (), codes int64 (B, C * P)"""
+        c, e, p = self.shape
+        x = z.view(-1, c, e, p).permute(1, 0, 3, 2).reshape(c, -1, e)  # (C, B * P, E)
+        with torch.no_grad():
+            codes = torch.cdist(x, self.embedding).argmin(-1)  # (C, B * P)
+        nearest = self.embedding.gather(1, codes[..., None].expand_as(x))  # with the codebook before its update
+        if self.training:
+            self.update(x.detach(), codes)
+        commitment = F.mse_loss(x, nearest)
+        z_q = x + (nearest - x).detach()  # straight-through estimator
+        z_q = z_q.view(c, -1, p, e).permute(1, 0, 3, 2).reshape(z.shape)
+        return z_q, commitment, codes.view(c, -1, p).transpose(0, 1).flatten(1)
+
+    @torch.no_grad()
+    def update(self, x, codes):
+        """Moves the averages towards x (C, B * P, E), assigned to codes (C, B * P), and revives dead codes."""
+        one_hot = F.one_hot(codes, self.embedding.shape[1]).to(x.dtype)  # (C, B * P, K)
+        self.count.lerp_(one_hot.sum(1), 1 - self.decay)
+        self.total.lerp_(one_hot.transpose(1, 2) @ x, 1 - self.decay)
+        # a code used a hundred times less than its fair share restarts on a random piece of this batch
+        dead = self.count < 0.01 * x.shape[1] / self.embedding.shape[1]  # (C, K)
+        pieces = x[:, torch.randint(x.shape[1], (self.embedding.shape[1],), device=x.device)]  # (C, K, E)
+        self.count.copy_(torch.where(dead, 1.0, self.count))
+        self.total.copy_(torch.where(dead[..., None], pieces, self.total))
+        self.embedding.copy_(self.total / self.count[..., None])
+
+    def lookup(self, codes):
+        """codes (B, C * P) -> z_q (B, C * E * P)"""
+        c, e, p = self.shape
+        codes = codes.long().view(-1, c, p).transpose(0, 1).reshape(c, -1)  # (C, B * P)
+        z_q = self.embedding.gather(1, codes[..., None].expand(-1, -1, e))  # (C, B * P, E)
+        return z_q.view(c, -1, p, e).permute(1, 0, 3, 2).flatten(1)
+
+
+def conv_beside_constant_planes(conv, x, z):
+    """conv(x stacked with z repeated over the plane), without the planes: x (B, C, S, S), z (B, Z) -> (B, out, S, S)
+
+    A padded 3x3 convolution of a constant plane takes 9 values: four corners, four edges, inside. So a 3x3 plane tells
+    them all, for 9 places' work instead of S * S.
+    """
+    weight_x, weight_z = conv.weight.split([x.shape[1], z.shape[1]], dim=1)
+    tile = F.conv2d(z[:, :, None, None].expand(-1, -1, 3, 3), weight_z, padding=1)  # (B, out, 3, 3)
+    place = torch.ones(x.shape[2], dtype=torch.long, device=x.device)
+    place[0], place[-1] = 0, 2
+    return F.conv2d(x, weight_x, conv.bias, padding=1) + tile[:, :, place][:, :, :, place]
+
+
+class HalfResidual(nn.Module):
+    """A residual pair of convolutions with half the channels between them."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels // 2, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels // 2, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class DownBlock(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.residual = HalfResidual(out_channels)
+
+    def forward(self, x, z=None):
+        x = self.conv(x) if z is None else conv_beside_constant_planes(self.conv, x, z)
+        return F.relu(F.max_pool2d(self.residual(self.norm(x)), 2))  # (B, in, S, S) -> (B, out, S / 2, S / 2)
+
+
+class UpBlock(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.residual = HalfResidual(out_channels)
+
+    def forward(self, x):
+        return F.relu(self.residual(self.norm(self.conv(x))))  # (B, in, S, S) -> (B, out, 2S, 2S)
+
+
+class FDM(nn.Module):
+    """o_{t+1} = FDM(o_{t-k} .. o_t, z_t): a U-Net (Ronneberger et al. 2015) that z enters at the top and at the bottom."""
+
+    def __init__(self, frame_size, context, z_dim, width):
+        super().__init__()
+        past = 3 * (context + 1)
+        depth = frame_size.bit_length() - 2  # down blocks until 2x2 is left: 5 at 64x64
+        widths = [width * 2**i for i in range(depth + 1)]  # 24, 48, 96, 192, 384, and 768 at 1x1
+        self.down = nn.ModuleList(DownBlock(i, o) for i, o in zip([past + z_dim, *widths], widths[:-1]))
+        self.bottom = nn.Conv2d(widths[-2], widths[-1], 2)
+        self.up = nn.ModuleList([UpBlock(widths[-1] + z_dim, widths[-2])])
+        self.up.extend(UpBlock(2 * i, o) for i, o in zip(widths[-2::-1], [*widths[-3::-1], width]))
+        self.last = nn.Sequential(nn.Conv2d(width + past, width, 3, padding=1), HalfResidual(width), nn.ReLU(), nn.Conv2d(width, 3, 1))
+
+    def forward(self, past, z):
+        """past: uint8 (B, k + 1, S, S, 3), z (B, Z) -> o_{t+1} (B, 3, S, S) in [-0.5, 0.5]"""
+        past = to_input(past)
+        skips = [self.down[0](past, z)]
+        for block in self.down[1:]:
+            skips.append(block(skips[-1]))
+        x = self.up[0](torch.cat([self.bottom(skips[-1]), z[:, :, None, None]], 1))  # (B, 32 width + Z, 1, 1) -> (B, 16 width, 2, 2)
+        for block, skip in zip(self.up[1:], reversed(skips)):
+            x = block(torch.cat([x, skip], 1))
+        return self.last(torch.cat([x, past], 1)).tanh() / 2
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def dynamics_loss(idm, quantizer, fdm, windows, commitment):
+    """windows uint8 (B, k + 2, S, S, 3) -> loss (), squared error (), commitment loss ()"""
+    z_q, commitment_loss, _ = quantizer(idm(windows))
+    error = F.mse_loss(fdm(windows[:, :-1], z_q), to_input(windows[:, -1:]))
+    return error + commitment * commitment_loss, error, commitment_loss
+
+
+@torch.no_grad()
+def label(idm, quantizer, windows, device, batch_size=512):
+    """windows uint8 [N, k + 2, S, S, 3] (numpy) -> z float32 [N, Z], codes uint8 [N, C * P]"""
+    z, codes = [], []
+    for start in range(0, len(windows), batch_size):
+        z.append(idm(torch.from_numpy(windows[start : start + batch_size]).to(device)))
+        codes.append(quantizer(z[-1])[2].to(torch.uint8))
+    return torch.cat(z).cpu().numpy(), torch.cat(codes).cpu().numpy()
+
+
+def probe_accuracy(train_z, train_actions, test_z, test_actions):
+    """Share of held-out actions that a linear classifier of z gets right, and that of the majority class."""
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(train_z, train_actions)
+    majority = np.bincount(train_actions).argmax()
+    return probe.score(test_z, test_actions), float((test_actions == majority).mean())
+
+
+@torch.no_grad()
+def report(idm, quantizer, fdm, train, test, device, batch_size=512):
+    """Figures on held-out episodes, as a dict. train, test: (windows, true actions or None), windows as label() takes."""
+    for module in (idm, quantizer, fdm):
+        module.eval()
+    (train_windows, train_actions), (test_windows, test_actions) = train, test
+    test_z, codes = label(idm, quantizer, test_windows, device)
+    error = copy_error = 0.0
+    for start in range(0, len(test_windows), batch_size):
+        windows = torch.from_numpy(test_windows[start : start + batch_size]).to(device)
+        z_q = quantizer(torch.from_numpy(test_z[start : start + batch_size]).to(device))[0]
+        target = to_input(windows[:, -1:])
+        error += F.mse_loss(fdm(windows[:, :-1], z_q), target) * len(windows) / len(test_windows)
+        copy_error += F.mse_loss(to_input(windows[:, -2:-1]), target) * len(windows) / len(test_windows)
+    figures = dict(test_error=error, copy_error=copy_error)
+    codebooks, embeddings, _ = quantizer.embedding.shape
+    for codebook, used in enumerate(np.split(codes, codebooks, axis=1)):
+        share = np.bincount(used.ravel(), minlength=embeddings) / used.size
+        figures[f"perplexity_{codebook}"] = float(np.exp(-(share * np.log(share + 1e-10)).sum()))
+        figures[f"codes_used_{codebook}"] = float((share > 0).mean())
+    if train_actions is not None and test_actions is not None:
+        train_z, _ = label(idm, quantizer, train_windows, device)
+        figures["probe"], figures["majority"] = probe_accuracy(train_z, train_actions, test_z, test_actions)
+    for module in (idm, quantizer, fdm):
+        module.train()
+    return figures
+
+
+def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device):
+    """Labels every valid window of every shard with its latent action; other rows hold zeros."""
+    paths = common.list_shards(frames_dir, "frames", f"python collect_data.py --game {game}")
+    for old in Path(latents_dir).glob("latents_*.npz"):
+        old.unlink()
+    for path in common.track(paths, f"latents of {frames_dir}"):
+        obs, first, _ = common.read_frames(path, game)
+        valid = common.valid_windows(first, context)
+        rows = np.flatnonzero(valid)
+        z = codes = None
+        for part in np.array_split(rows, max(1, len(rows) // 8192)):  # windows overlap: all at once would take thrice the memory
+            part_z, part_codes = label(idm, quantizer, obs[part[:, None] + np.arange(-context, 2)], device)
+            if z is None:
+                z, codes = np.zeros((len(obs), part_z.shape[1]), np.float16), np.zeros((len(obs), part_codes.shape[1]), np.uint8)
+            z[part], codes[part] = part_z, part_codes
+        common.save_npz(common.beside(path, "latents", latents_dir), z=z, codes=codes, valid=valid)
+
+
+def main(args):
+    common.check_game(args.game)
+    device = common.pick_device(args.device)
+    common.seed_everything(args.seed)
+    data, run = args.data_dir / args.game, args.runs_dir / args.game
+
+    store = common.FrameStore(data / "train", args.game, args.context, args.pool_frames, args.seed)
+    train, test = (
+        (windows, common.true_actions_to_report_on(where, args.game))
+        for windows, where in (
+            common.fixed_windows(data / split, args.game, args.context, args.eval_windows, args.seed) for split in ("train", "test")
+        )
+    )
+    z_dim = args.codebooks * args.latents_per_codebook * args.embedding_dim
+    idm = IDM(store.frame_size, args.context, args.multiplier, z_dim).to(device, memory_format=torch.channels_last)
+    fdm = FDM(store.frame_size, args.context, z_dim, args.fdm_width).to(device, memory_format=torch.channels_last)
+    quantizer = EMAVectorQuantizer(
+        args.codebooks, args.latents_per_codebook, args.embeddings, args.embedding_dim, args.vq_decay
+    ).to(device)
+    parameters = [*idm.parameters(), *fdm.parameters()]  # the codebooks learn by moving averages
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: float(np.interp(step, [0, args.warmup_steps, args.grad_steps], [0.1, 1.0, 0.01]))
+    )
+    print(
+        f"stage 1: {args.grad_steps:,} updates of {args.batch_size} windows from {store.num_frames:,} frames of {args.game} at "
+        f"{store.frame_size}x{store.frame_size} ({store.num_slots * store.slot_rows:,} of them in memory) on {device}; "
+        f"IDM {sum(p.numel() for p in idm.parameters()):,}, FDM {sum(p.numel() for p in fdm.parameters()):,} parameters"
+    )
+
+    log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step")
+    for grad_step in range(1, args.grad_steps + 1):
+        windows = store.sample_windows(args.batch_size).to(device)
+        loss, error, commitment_loss = dynamics_loss(idm, quantizer, fdm, windows, args.commitment)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        log.bar.update()
+        if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
+            log.write(
+                grad_step=grad_step, train_error=error.detach(), commitment=commitment_loss.detach(),
+                **report(idm, quantizer, fdm, train, test, device),
+            )  # fmt: skip
+            common.save_checkpoint(
+                run / "latent_dynamics.pt", kind="latent_dynamics", game=args.game, grad_step=grad_step,
+                frame_size=store.frame_size, start_level=store.settings["start_level"], num_levels=store.settings["num_levels"],
+                context=args.context, multiplier=args.multiplier, fdm_width=args.fdm_width, codebooks=args.codebooks,
+                latents_per_codebook=args.latents_per_codebook, embeddings=args.embeddings, embedding_dim=args.embedding_dim,
+                idm=idm.state_dict(), quantizer=quantizer.state_dict(), fdm=fdm.state_dict(),
+            )  # fmt: skip
+    log.bar.close()
+
+    idm.eval(), quantizer.eval()
+    for split in ("train", "test"):
+        write_latents(idm, quantizer, data / split, run / split, args.game, args.context, device)
+    print(f"latents and checkpoint: {run}\nnext: python train_latent_bc.py --game {args.game}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
