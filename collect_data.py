@@ -62,7 +62,7 @@ class Args:
     """Minibatches an epoch."""
     epochs: int = 3
     """Passes over a rollout."""
-    lr: float = 5e-4
+    expert_lr: float = 5e-4
     """Adam's learning rate, constant."""
     gamma: float = 0.999
     """Discount."""
@@ -196,7 +196,7 @@ def sample_actions(logits, generator):
 def train_expert(args, device, path):
     """Trains ExpertPolicy with PPO and writes it, in half precision, to `path`."""
     policy = ExpertPolicy(args.frame_size, args.expert_multiplier).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr, eps=1e-5)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.expert_lr, eps=1e-5)
     seed = common.derive_seed(args.seed, "expert")
     envs = common.ProcgenEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
     generator = torch.Generator(device).manual_seed(seed)

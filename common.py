@@ -240,9 +240,9 @@ def progress_bar(total, unit, description=None):
     return tqdm(total=total, unit=unit, desc=description, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20.0)
 
 
-def track(items, description):
+def track(items, unit, description):
     """Iterates over `items` behind a progress bar."""
-    with progress_bar(len(items), "file", description) as bar:
+    with progress_bar(len(items), unit, description) as bar:
         for item in items:
             yield item
             bar.update()

@@ -45,8 +45,8 @@ class Args:
     """Numbers of labelled frames (Figure 4)."""
     decoder_seeds: int = 5
     """Decoders for each number of labels; each seed draws its own frames (the paper has 3)."""
-    decoder_steps: int = 2000
-    """Updates of each decoder."""
+    decoder_steps: int = 500
+    """Updates of each decoder; many more overfit a few hundred labels (results/LOG.md)."""
     decoder_batch_size: int = 128
     """Labelled frames an update."""
     decoder_lr: float = 1e-3
@@ -147,7 +147,7 @@ def fit_decoders(bank, z, actions, num_labels, steps, batch_size, lr, label_smoo
     """
     optimizer = torch.optim.Adam(bank.parameters.values(), lr=lr)
     which = torch.arange(len(z), device=z.device)[:, None]
-    for _ in common.track(range(steps), "fit decoders"):
+    for _ in common.track(range(steps), "step", "fit decoders"):
         rows = (torch.rand(len(z), batch_size, device=z.device, generator=generator) * num_labels[:, None]).long()
         logits = bank(z[which, rows])  # (D, B, 15)
         loss = F.cross_entropy(logits.flatten(0, 1), actions[which, rows].flatten(), label_smoothing=label_smoothing) * len(z)

@@ -310,7 +310,7 @@ def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device
     paths = common.list_shards(frames_dir, "frames", f"python collect_data.py --game {game}")
     for old in Path(latents_dir).glob("latents_*.npz"):
         old.unlink()
-    for path in common.track(paths, f"latents of {frames_dir}"):
+    for path in common.track(paths, "shard", f"latents of {frames_dir}"):
         obs, first, _ = common.read_frames(path, game)
         valid = common.valid_windows(first, context)
         rows = np.flatnonzero(valid)

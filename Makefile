@@ -1,0 +1,47 @@
+# make demo    the whole method on real Procgen, on a CPU, in minutes
+# make test    the tests
+# make paper GAME=bigfish    the same chain at the paper's settings
+# PYTHON=python3.11 picks the interpreter, SEED=2 another seed.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+GAME ?= bigfish
+SEED ?= 1
+PY := .venv/bin/python
+
+.PHONY: demo test paper
+test: .venv/installed
+	$(PY) -m pytest -q tests
+
+# The stamp is the last thing written, so an install that was cut short is done again, and a whole one is not.
+.venv/installed: requirements.txt
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+		|| { echo "error: '$(or $(PYTHON),python3)' has no Procgen wheel; Python 3.10, 3.11 and 3.12 have one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# The demo is the paper's method with smaller flags: five levels of CoinRun at 32x32 (a game whose picture moves with the
+# agent), half-width networks, the expert in experts/. results/LOG.md tells how the flags were chosen.
+DEMO := --game coinrun --seed $(SEED) --device cpu --data-dir demo/data --runs-dir demo/runs
+demo: .venv/installed
+	@echo "The demo takes about @@MINUTES@@ minutes on 2 CPU cores, 3 GB of memory and 0.5 GB of disk."
+	$(PY) collect_data.py $(DEMO) --train-frames 98_304 --test-frames 16_384 --frame-size 32 --num-levels 5
+	$(PY) train_latent_dynamics.py $(DEMO) --grad-steps 4000 --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --eval-every 500
+	$(PY) train_latent_bc.py $(DEMO) --grad-steps 2500 --lr 1e-3 --multiplier 0.5 --warmup-steps 100 --eval-every 500
+	$(PY) decode_offline.py $(DEMO) --labels 16 64 256 1024 --decoder-seeds 3
+	$(PY) decode_online_ppo.py $(DEMO) --env-steps 131_072 --hidden-lr-ramp 50_000 80_000 0.1 --log-every-steps 16_384
+	$(PY) visualize_latents.py $(DEMO) --supervised-steps 500
+	@echo "Paper scale (make paper GAME=...) adds: all levels at 64x64, an expert of 25M steps, 8M frames, networks 8 to 9 times as wide,"
+	@echo "9M windows in place of 0.25M, and 4M steps of online decoding; it needs a GPU."
+
+paper: .venv/installed
+	$(PY) collect_data.py --game $(GAME) --seed $(SEED)
+	$(PY) train_latent_dynamics.py --game $(GAME) --seed $(SEED)
+	$(PY) train_latent_bc.py --game $(GAME) --seed $(SEED)
+	$(PY) decode_offline.py --game $(GAME) --seed $(SEED)
+	$(PY) decode_online_ppo.py --game $(GAME) --seed $(SEED) --method rl_sl
+	$(PY) decode_online_ppo.py --game $(GAME) --seed $(SEED) --method rl
+	$(PY) decode_online_ppo.py --game $(GAME) --seed $(SEED) --method scratch
+	$(PY) visualize_latents.py --game $(GAME) --seed $(SEED)
