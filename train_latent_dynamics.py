@@ -64,6 +64,8 @@ class Args:
     """Multiplies IMPALA's channels 16, 32, 32 (A.4: 4)."""
     fdm_width: int = 24
     """Channels of the U-Net's first block (official code: 24, 7.8M parameters)."""
+    predict_change: bool = False
+    """The FDM predicts o_{t+1} - o_t, starting from no change; not in the paper, and quicker to learn at small scale."""
     grad_steps: int = 70_000
     """Updates (A.4)."""
     batch_size: int = 128
@@ -227,8 +229,9 @@ class UpBlock(nn.Module):
 class FDM(nn.Module):
     """o_{t+1} = FDM(o_{t-k} .. o_t, z_t): a U-Net (Ronneberger et al. 2015) that z enters at the top and at the bottom."""
 
-    def __init__(self, frame_size, context, z_dim, width):
+    def __init__(self, frame_size, context, z_dim, width, predict_change):
         super().__init__()
+        self.predict_change = predict_change
         past = 3 * (context + 1)
         depth = frame_size.bit_length() - 2  # down blocks until 2x2 is left: 5 at 64x64
         widths = [width * 2**i for i in range(depth + 1)]  # 24, 48, 96, 192, 384, and 768 at 1x1
@@ -237,6 +240,9 @@ class FDM(nn.Module):
         self.up = nn.ModuleList([UpBlock(widths[-1] + z_dim, widths[-2])])
         self.up.extend(UpBlock(2 * i, o) for i, o in zip(widths[-2::-1], [*widths[-3::-1], width]))
         self.last = nn.Sequential(nn.Conv2d(width + past, width, 3, padding=1), HalfResidual(width), nn.ReLU(), nn.Conv2d(width, 3, 1))
+        if predict_change:  # starts from "nothing changes"
+            nn.init.zeros_(self.last[-1].weight)
+            nn.init.zeros_(self.last[-1].bias)
 
     def forward(self, past, z):
         """past: uint8 (B, k + 1, S, S, 3), z (B, Z) -> o_{t+1} (B, 3, S, S) in [-0.5, 0.5]"""
@@ -247,7 +253,8 @@ class FDM(nn.Module):
         x = self.up[0](torch.cat([self.bottom(skips[-1]), z[:, :, None, None]], 1))  # (B, 32 width + Z, 1, 1) -> (B, 16 width, 2, 2)
         for block, skip in zip(self.up[1:], reversed(skips)):
             x = block(torch.cat([x, skip], 1))
-        return self.last(torch.cat([x, past], 1)).tanh() / 2
+        x = self.last(torch.cat([x, past], 1))  # (B, 3, S, S)
+        return past[:, -3:] + x if self.predict_change else x.tanh() / 2
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -338,7 +345,7 @@ def main(args):
     )
     z_dim = args.codebooks * args.latents_per_codebook * args.embedding_dim
     idm = IDM(store.frame_size, args.context, args.multiplier, z_dim).to(device, memory_format=torch.channels_last)
-    fdm = FDM(store.frame_size, args.context, z_dim, args.fdm_width).to(device, memory_format=torch.channels_last)
+    fdm = FDM(store.frame_size, args.context, z_dim, args.fdm_width, args.predict_change).to(device, memory_format=torch.channels_last)
     quantizer = EMAVectorQuantizer(
         args.codebooks, args.latents_per_codebook, args.embeddings, args.embedding_dim, args.vq_decay
     ).to(device)
@@ -371,7 +378,7 @@ def main(args):
             common.save_checkpoint(
                 run / "latent_dynamics.pt", kind="latent_dynamics", game=args.game, grad_step=grad_step,
                 frame_size=store.frame_size, start_level=store.settings["start_level"], num_levels=store.settings["num_levels"],
-                context=args.context, multiplier=args.multiplier, fdm_width=args.fdm_width, codebooks=args.codebooks,
+                context=args.context, multiplier=args.multiplier, fdm_width=args.fdm_width, predict_change=args.predict_change, codebooks=args.codebooks,
                 latents_per_codebook=args.latents_per_codebook, embeddings=args.embeddings, embedding_dim=args.embedding_dim,
                 idm=idm.state_dict(), quantizer=quantizer.state_dict(), fdm=fdm.state_dict(),
             )  # fmt: skip

@@ -133,7 +133,7 @@ def count(module):
 
 def test_networks_have_the_papers_size():
     assert count(IDM(64, 1, 4, 128)) == 3_685_376
-    assert count(FDM(64, 1, 128, 24)) == 7_814_139
+    assert count(FDM(64, 1, 128, 24, predict_change=False)) == 7_814_139
     assert count(IDM(64, 2, 4, 128)) == 3_685_376 + 3 * 64 * 9  # one more frame for the first convolution
 
 
@@ -141,13 +141,21 @@ def test_networks_have_the_papers_size():
 @pytest.mark.parametrize("context", [1, 3])
 def test_the_fdm_predicts_a_frame_and_hears_the_latent(size, context):
     torch.manual_seed(0)
-    fdm = FDM(size, context, 8, 4).eval()
+    fdm = FDM(size, context, 8, 4, predict_change=False).eval()
     past = torch.randint(0, 256, (2, context + 1, size, size, 3), dtype=torch.uint8)
     prediction = fdm(past, torch.zeros(2, 8))
     assert prediction.shape == (2, 3, size, size) and prediction.abs().max() <= 0.5
     changed = fdm(past, torch.tensor([[0.0] * 8, [5.0] * 8]))
     torch.testing.assert_close(changed[0], prediction[0])
     assert not torch.allclose(changed[1], prediction[1])
+
+
+def test_an_fdm_that_predicts_change_starts_from_none():
+    past = torch.randint(0, 256, (2, 3, 16, 16, 3), dtype=torch.uint8)
+    fdm = FDM(16, 2, 8, 4, predict_change=True).eval()
+    torch.testing.assert_close(fdm(past, torch.randn(2, 8)), stage1.to_input(past[:, -1:]))
+    torch.nn.init.constant_(fdm.last[-1].bias, 0.25)
+    torch.testing.assert_close(fdm(past, torch.randn(2, 8)), stage1.to_input(past[:, -1:]) + 0.25)
 
 
 def test_frames_are_stacked_in_time_and_centred():
@@ -160,7 +168,7 @@ def test_frames_are_stacked_in_time_and_centred():
 
 def test_the_loss_teaches_the_idm_through_the_quantizer():
     torch.manual_seed(0)
-    idm, quantizer, fdm = IDM(16, 1, 0.25, 24), EMAVectorQuantizer(2, 4, 8, 3, 0.9), FDM(16, 1, 24, 4)
+    idm, quantizer, fdm = IDM(16, 1, 0.25, 24), EMAVectorQuantizer(2, 4, 8, 3, 0.9), FDM(16, 1, 24, 4, predict_change=False)
     windows = torch.randint(0, 256, (6, 3, 16, 16, 3), dtype=torch.uint8)
     quantizer.eval()
     loss, error, commitment = stage1.dynamics_loss(idm, quantizer, fdm, windows, 0.05)
@@ -241,7 +249,7 @@ def test_probe_is_scored_on_held_out_rows():
 def test_report_measures_error_copy_and_codes(tmp_path):
     torch.manual_seed(0)
     windows = np.random.default_rng(0).integers(0, 256, (20, 3, 16, 16, 3), dtype=np.uint8)
-    idm, quantizer, fdm = IDM(16, 1, 0.25, 24), EMAVectorQuantizer(2, 4, 8, 3, 0.9), FDM(16, 1, 24, 4)
+    idm, quantizer, fdm = IDM(16, 1, 0.25, 24), EMAVectorQuantizer(2, 4, 8, 3, 0.9), FDM(16, 1, 24, 4, predict_change=False)
     with torch.no_grad():
         quantizer.embedding[1] = quantizer.embedding[1, :1]  # all the same: the first wins, so one code of eight is in use
     figures = stage1.report(idm, quantizer, fdm, (windows, None), (windows, None), "cpu", batch_size=7)

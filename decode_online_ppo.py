@@ -1,0 +1,540 @@
+"""Stage 3, online: decode latent actions while playing, with PPO (paper, sections 4.3 and 6.1, Figure 3).
+
+The latent policy's convolutions stay frozen. On top of them two sets of logits are averaged: a decoder turns the policy's
+latent action into true actions, fitted on the agent's own transitions as the IDM labels them (SL), and a new action head
+learns from rewards (RL). The decoder soon gives a crude policy; RL can then take it past the expert that was filmed.
+
+--method rl drops the decoder; --method scratch is the baseline, PPO on a new network with nothing learned from video.
+
+reads   runs/<game>/latent_policy.pt, runs/<game>/latent_dynamics.pt (IDM only); scratch reads neither
+writes  runs/<game>/decode_online_<method>.npz, .pt, .png (all methods that the folder holds) and .csv
+
+paper scale   python decode_online_ppo.py --game bigfish
+CPU sized     python decode_online_ppo.py --game coinrun --env-steps 300_000 --hidden-lr-ramp 50_000 100_000 0.1 \\
+                  --log-every-steps 20_000
+"""
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+
+import common
+
+
+@dataclass
+class Args:
+    game: str = "bigfish"
+    """One of Procgen's 16 games."""
+    seed: int = 1
+    """Seeds networks, action sampling and the games themselves."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    data_dir: Path = Path("data")
+    """Frames and labels lie in <data-dir>/<game>."""
+    runs_dir: Path = Path("runs")
+    """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
+    log_every_steps: int = 50_000
+    """Environment steps between points of the curve; each is the mean of all episodes that ended since the last."""
+
+    method: Literal["rl_sl", "rl", "scratch"] = "rl_sl"
+    """rl_sl: LAPO, decoder and RL head; rl: RL head alone on the latent policy; scratch: PPO on a new network."""
+    env_steps: int = 4_000_000
+    """Environment steps (A.4)."""
+    num_envs: int = 64
+    """Games that step together."""
+    minibatches: int = 8
+    """Minibatches an epoch."""
+    epochs: int = 3
+    """Passes over a rollout."""
+    gamma: float = 0.999
+    """Discount."""
+    gae_lambda: float = 0.95
+    """Generalised advantage estimation."""
+    clip: float = 0.2
+    """Clips both the probability ratio and the value's change."""
+    value_coef: float = 0.5
+    """Weight of the value loss."""
+    max_grad_norm: float = 0.5
+    """Clips the gradient's norm."""
+
+    head_rollout_steps: int = 64
+    """rl_sl, rl: steps of each game between two updates (official code)."""
+    head_entropy_coef: float = 0.0025
+    """rl_sl, rl: weight of the entropy bonus (official code)."""
+    head_lr: float = 0.01
+    """rl_sl, rl: Adam's learning rate (A.4); each part takes a share of it that ramps up, then falls to 0 at the end."""
+    action_lr_ramp: tuple[int, int, float] = (35_000, 50_000, 0.25)
+    """rl_sl, rl: step where the action head's share leaves 0, step where it peaks, and its peak (official code)."""
+    value_lr_ramp: tuple[int, int, float] = (25_000, 50_000, 0.25)
+    """rl_sl, rl: the same for the value head (official code)."""
+    hidden_lr_ramp: tuple[int, int, float] = (50_000, 200_000, 0.1)
+    """rl_sl, rl: the same for the layer before the two heads (official code)."""
+
+    refit_from: int = 10_000
+    """rl_sl: steps before the decoder's first fit; every fit starts anew, on all transitions so far (official code)."""
+    refit_each_until: int = 50_000
+    """rl_sl: steps until which it is refitted after each update (official code)."""
+    refit_every: int = 20
+    """rl_sl: updates between two refits after that (official code)."""
+    refit_until: int = 400_000
+    """rl_sl: steps after which the decoder stays as it is, and the IDM rests (official code)."""
+    refit_epochs: int = 3
+    """rl_sl: passes over the transitions (official code)."""
+    refit_batch_size: int = 512
+    """rl_sl: transitions an update of the decoder (official code)."""
+    decoder_lr: float = 1e-3
+    """Adam's learning rate for the decoder (official code, online)."""
+    label_smoothing: float = 0.05
+    """Of the decoder's cross entropy (official code, online)."""
+
+    scratch_rollout_steps: int = 256
+    """scratch: steps of each game between two updates (Cobbe et al.)."""
+    scratch_entropy_coef: float = 0.01
+    """scratch: weight of the entropy bonus (Cobbe et al.)."""
+    scratch_lr: float = 5e-4
+    """scratch: Adam's learning rate, constant (A.4)."""
+    scratch_multiplier: float = 4
+    """scratch: multiplies IMPALA's channels. The paper does not tell; 4 is the latent policy's, so that only weights differ."""
+    scratch_frame_size: Literal[64, 32, 16] = 64
+    """scratch: side of the frames in pixels; rl_sl and rl take this, levels and sizes from latent_policy.pt."""
+    scratch_start_level: int = 0
+    """scratch: first level of the game."""
+    scratch_num_levels: int = 0
+    """scratch: number of levels; 0 means all of them (the paper's)."""
+
+
+# --- networks ------------------------------------------------------------------------------------------------------
+
+
+def to_input(frames):
+    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], stacked on channels, laid out channels last."""
+    b, t, s, _, c = frames.shape
+    return frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2).float() / 255 - 0.5
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class ImpalaCNN(nn.Module):
+    """The convolutions of IMPALA (Espeholt et al. 2018): three times conv, max pool, two residual blocks."""
+
+    def __init__(self, in_channels, frame_size, multiplier):
+        super().__init__()
+        layers = []
+        for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)]
+            layers += [ResidualBlock(channels), ResidualBlock(channels)]
+            in_channels = channels
+        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+        self.num_features = channels * (frame_size // 8) ** 2
+
+    def forward(self, x):
+        return self.layers(x)  # (B, C, S, S) -> (B, 32 * multiplier * (S / 8)^2)
+
+
+class IDM(nn.Module):
+    """z_t = IDM(o_{t-k} .. o_{t+1}), before quantisation."""
+
+    def __init__(self, frame_size, context, multiplier, z_dim):
+        super().__init__()
+        self.cnn = ImpalaCNN(3 * (context + 2), frame_size, multiplier)
+        self.hidden = nn.Linear(self.cnn.num_features, 256)
+        self.head = nn.Linear(256, z_dim)
+
+    def forward(self, windows):
+        """uint8 (B, k + 2, S, S, 3) -> z (B, Z)"""
+        return self.head(F.relu(self.hidden(self.cnn(to_input(windows)))))
+
+
+class LatentPolicy(nn.Module):
+    """pi(o_t) -> z_t: an IMPALA-CNN that imitates the latent actions (3,681,920 parameters at paper settings)."""
+
+    def __init__(self, frame_size, multiplier, z_dim):
+        super().__init__()
+        self.cnn = ImpalaCNN(3, frame_size, multiplier)
+        self.hidden = nn.Linear(self.cnn.num_features, 256)
+        self.head = nn.Linear(256, z_dim)
+
+    def forward(self, obs):
+        """uint8 (B, S, S, 3) -> z (B, Z)"""
+        return self.head(F.relu(self.hidden(self.cnn(to_input(obs[:, None])))))
+
+
+class ActionDecoder(nn.Module):
+    """Latent action -> logits of the true actions; hidden layers of 192, 128, 64 (official code)."""
+
+    def __init__(self, z_dim):
+        super().__init__()
+        sizes = (z_dim, 192, 128, 64)
+        layers = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+        self.layers = nn.Sequential(*layers, nn.Linear(64, common.NUM_ACTIONS))
+        self.register_buffer("mean", torch.zeros(z_dim))  # z is standardised with the statistics of the latents it was fitted on
+        self.register_buffer("std", torch.ones(z_dim))
+
+    def forward(self, z):
+        """z (B, Z) -> logits (B, 15)"""
+        return self.layers((z - self.mean) / self.std)
+
+
+class OnlinePolicy(nn.Module):
+    """What PPO trains: the layer after the convolutions, an action head and a value head; from scratch, also a CNN.
+
+    The layer is a copy, because the latent policy keeps its own, frozen, for the decoder's sake.
+    """
+
+    def __init__(self, hidden, decoder_share, cnn=None):
+        super().__init__()
+        self.cnn, self.hidden, self.decoder_share = cnn, copy.deepcopy(hidden), decoder_share
+        self.action = nn.Linear(hidden.out_features, common.NUM_ACTIONS)
+        self.value = nn.Linear(hidden.out_features, 1)
+        nn.init.zeros_(self.action.weight)  # has no say until rewards give it one
+        nn.init.orthogonal_(self.value.weight, 1.0)
+        nn.init.zeros_(self.action.bias)
+        nn.init.zeros_(self.value.bias)
+
+    def forward(self, x, decoded):
+        """features (B, F), or frames uint8 (B, S, S, 3), and the decoder's logits (B, 15) -> logits (B, 15), value (B,)"""
+        if self.cnn is not None:
+            x = self.cnn(to_input(x[:, None]))
+        h = F.relu(self.hidden(x))  # (B, 256)
+        return (1 - self.decoder_share) * self.action(h) + self.decoder_share * decoded, self.value(h)[:, 0]
+
+
+# --- PPO -----------------------------------------------------------------------------------------------------------
+
+
+class RewardNormalizer:
+    """Divides rewards by the running standard deviation of the discounted return, then clips them to +-10.
+
+    As OpenAI's VecNormalize, which Cobbe et al. used: the sum restarts where an episode ends, the mean is not subtracted.
+    """
+
+    def __init__(self, num_envs, gamma):
+        self.gamma = gamma
+        self.statistics = common.RunningMeanStd(shape=())
+        self.discounted = np.zeros(num_envs)
+
+    def __call__(self, reward, first):
+        """reward float [B] and first bool [B] of the same observe() -> float32 [B]"""
+        self.discounted = self.discounted * self.gamma + reward
+        self.statistics.update(self.discounted)
+        self.discounted[first] = 0.0
+        return np.clip(reward / np.sqrt(self.statistics.var + 1e-8), -10, 10).astype(np.float32)
+
+
+def compute_gae(rewards, values, firsts, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016).
+
+    rewards (T, B): what the action at t earned. values (T + 1, B) and firsts (T + 1, B) of the frames; no value or
+    advantage crosses an episode's end. Returns advantages (T, B) and the value targets (T, B).
+    """
+    advantages, advantage = torch.zeros_like(rewards), 0.0
+    for t in reversed(range(len(rewards))):
+        alive = 1.0 - firsts[t + 1].float()
+        delta = rewards[t] + gamma * values[t + 1] * alive - values[t]
+        advantages[t] = advantage = delta + gamma * gae_lambda * alive * advantage
+    return advantages, advantages + values[:-1]
+
+
+def ppo_loss(logits, value, action, old_logprob, old_value, advantage, target, clip, value_coef, entropy_coef):
+    """PPO's clipped loss (Schulman et al. 2017) on one minibatch, all (B,) but logits (B, A); value clipped as well.
+
+    Returns the loss and a dict of detached figures.
+    """
+    distribution = torch.distributions.Categorical(logits=logits, validate_args=False)
+    log_ratio = distribution.log_prob(action) - old_logprob
+    ratio = log_ratio.exp()
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    policy_loss = -torch.min(advantage * ratio, advantage * ratio.clamp(1 - clip, 1 + clip)).mean()
+    clipped_value = old_value + (value - old_value).clamp(-clip, clip)
+    value_loss = 0.5 * torch.max((value - target) ** 2, (clipped_value - target) ** 2).mean()
+    entropy = distribution.entropy().mean()
+    loss = policy_loss + value_coef * value_loss - entropy_coef * entropy
+    figures = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, kl=(ratio - 1 - log_ratio).mean())
+    return loss, {name: figure.detach() for name, figure in figures.items()}
+
+
+def sample_actions(logits, generator):
+    """logits (B, A) -> actions int64 (B,), drawn from the softmax."""
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def encode(latent_policy, obs):
+    """uint8 (B, S, S, 3) -> frozen features (B, F), which never change: once a frame is enough for all epochs"""
+    return latent_policy.cnn(to_input(obs[:, None]))
+
+
+def learning_rate(env_step, ramp, lr, end):
+    """0 until ramp[0], up to ramp[2] * lr at ramp[1], down to 0 at `end`; linear between."""
+    return float(np.interp(env_step, (ramp[0], ramp[1], end), (0.0, ramp[2] * lr, 0.0)))
+
+
+# --- the decoder ---------------------------------------------------------------------------------------------------
+
+
+def refit_updates(updates, steps_per_update, refit_from, each_until, every, until):
+    """The updates, counted from 1, after which the decoder is fitted anew, as a list."""
+    steps = {update: update * steps_per_update for update in range(1, updates + 1)}
+    return [
+        update for update, step in steps.items()
+        if refit_from <= step <= each_until or (each_until < step <= until and update % every == 0)
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def label_transitions(idm, frames, firsts, actions, batch_size=512):
+    """The IDM's z (M, Z) for a rollout's transitions, and the actions (M,) taken at their middle frames o_t.
+
+    frames uint8 (k + T + 1, B, S, S, 3) and firsts bool (k + T + 1, B): k frames from before the rollout, the T frames that
+    actions (T, B) were taken at, and the one after them. Windows o_{t-k} .. o_{t+1} that cross an episode's end are left out.
+    """
+    length = len(frames) - len(actions) + 1  # k + 2 frames a window
+    episode = firsts.long().cumsum(0)
+    t, b = (episode[length - 1 :] == episode[: 1 - length]).nonzero(as_tuple=True)  # t: a window's first row, and its step
+    rows = t[:, None] + torch.arange(length, device=t.device)
+    z = [idm(frames[some_rows, some_b[:, None]]) for some_rows, some_b in zip(rows.split(batch_size), b.split(batch_size))]
+    return torch.cat(z), actions[t, b]
+
+
+def fit_decoder(z, action, epochs, batch_size, lr, label_smoothing, generator):
+    """A new ActionDecoder fitted on z (N, Z) and action (N,)."""
+    decoder = ActionDecoder(z.shape[1]).to(z.device)
+    decoder.mean.copy_(z.float().mean(0)), decoder.std.copy_(z.float().std(0) + 1e-6)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=lr)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(z), generator=generator, device=z.device).split(batch_size):
+            loss = F.cross_entropy(decoder(z[rows].float()), action[rows], label_smoothing=label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return decoder
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def load_networks(run, game, with_idm):
+    """The checkpoint of stage 2 (a dict with the sizes), the LatentPolicy in it, and the IDM of stage 1 or None."""
+    made_by = f"python train_latent_bc.py --game {game}"
+    checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", game, made_by)
+    latent_policy = LatentPolicy(checkpoint["frame_size"], checkpoint["multiplier"], checkpoint["z_dim"])
+    latent_policy.load_state_dict(checkpoint["model"])
+    if not with_idm:
+        return checkpoint, latent_policy, None
+    path, theirs = run / "latent_dynamics.pt", run / "latent_policy.pt"
+    dynamics = common.load_checkpoint(path, "latent_dynamics", game, f"python train_latent_dynamics.py --game {game}")
+    sizes = dict(frame_size=dynamics["frame_size"], context=dynamics["context"], z_dim=len(dynamics["idm"]["head.bias"]))
+    for name, size in sizes.items():
+        if size != checkpoint[name]:
+            common.fail(f"{path} has {name} {size}, but {theirs} {checkpoint[name]}; make the latter anew with: {made_by}")
+    idm = IDM(multiplier=dynamics["multiplier"], **sizes)
+    idm.load_state_dict(dynamics["idm"])
+    return checkpoint, latent_policy, idm
+
+
+def plot_curves(to, run, game, random_return, expert_return):
+    """Figure 3 for one game: every method's curve that the folder `run` holds, as a PNG."""
+    names = dict(rl_sl="LAPO, RL and SL", rl="LAPO, RL without SL", scratch="PPO from scratch", ilpo="ILPO")
+    figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
+    for color, (method, name) in enumerate(names.items()):
+        path = run / f"decode_online_{method}.npz"
+        if path.exists():
+            made_by = f"python decode_online_ppo.py --game {game} --method {method}"
+            curve = common.load_npz(path, ("env_steps", "returns", "settings"), made_by)
+            settings = json.loads(str(curve["settings"]))
+            on = f"{settings['num_levels'] or 'all'} levels, {settings['frame_size']}x{settings['frame_size']}"
+            axes.plot(curve["env_steps"], curve["returns"], ".-", color=f"C{color}", label=f"{name} ({on}, 1 seed)")
+    axes.axhline(expert_return, color="black", linestyle="--", label=f"expert ({expert_return:.2f})")
+    axes.axhline(random_return, color="gray", linestyle=":", label=f"random policy ({random_return:.2f})")
+    axes.set(xlabel="environment steps", ylabel="mean episodic return", title=f"{game}: latent policy decoded online")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    axes.legend()
+    with common.atomic_write(to) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    plt.close(figure)
+
+
+def main(args):
+    common.check_game(args.game)
+    device = common.pick_device(args.device)
+    common.seed_everything(args.seed)
+    data, run = args.data_dir / args.game, args.runs_dir / args.game
+    scratch = args.method == "scratch"
+    t, b = args.scratch_rollout_steps if scratch else args.head_rollout_steps, args.num_envs
+    if t * b % args.minibatches:
+        common.fail(f"a rollout of {b} games x {t} steps does not divide into --minibatches {args.minibatches}")
+    updates = max(1, args.env_steps // (t * b))
+
+    # --- networks
+    latent_policy = idm = decoder = None
+    context, refits = 0, []
+    if scratch:
+        sizes = {name: getattr(args, f"scratch_{name}") for name in ("frame_size", "start_level", "num_levels", "multiplier")}
+        cnn = ImpalaCNN(3, sizes["frame_size"], sizes["multiplier"])
+        policy = OnlinePolicy(nn.Linear(cnn.num_features, 256), decoder_share=0.0, cnn=cnn)
+        groups, entropy_coef = [dict(params=policy.parameters(), lr=args.scratch_lr)], args.scratch_entropy_coef
+    else:
+        checkpoint, latent_policy, idm = load_networks(run, args.game, with_idm=args.method == "rl_sl")
+        sizes = {name: checkpoint[name] for name in ("frame_size", "start_level", "num_levels", "multiplier", "z_dim")}
+        policy = OnlinePolicy(latent_policy.hidden, decoder_share=0.5 if idm else 0.0)
+        latent_policy.to(device, memory_format=torch.channels_last)
+        # the ramps give the decoder time to become a policy worth improving; `rl` follows the same, so that the decoder is
+        # all that differs
+        groups, entropy_coef = [], args.head_entropy_coef
+        for part in ("action", "value", "hidden"):
+            ramp = getattr(args, f"{part}_lr_ramp")
+            if not 0 <= ramp[0] < ramp[1] < args.env_steps:
+                common.fail(f"--{part}-lr-ramp {ramp[0]} {ramp[1]} must rise, and end before --env-steps {args.env_steps}")
+            groups.append(dict(params=getattr(policy, part).parameters(), lr=0.0, ramp=ramp))
+    if idm:
+        idm.to(device, memory_format=torch.channels_last)
+        context = checkpoint["context"]
+        refits = refit_updates(updates, t * b, args.refit_from, args.refit_each_until, args.refit_every, args.refit_until)
+        if not refits:
+            common.fail(f"the decoder would never be fitted in {updates} updates of {t * b} steps; see --refit-from, --refit-until")
+    policy.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(groups, eps=1e-5)
+
+    # --- games
+    seed = common.derive_seed(args.seed, "decode online")
+    envs = common.ProcgenEnvs(args.game, b, seed, sizes["start_level"], sizes["num_levels"], sizes["frame_size"])
+    generator = torch.Generator(device).manual_seed(seed)
+    normalize_reward = RewardNormalizer(b, args.gamma)
+    random_return = common.random_return(args.game, args.seed, sizes["start_level"], sizes["num_levels"])
+    labels = sorted((data / "train").glob("labels_*.npz"))  # they tell how well their expert played; else the paper's is taken
+    expert_return = float(common.read_labels(labels[0], args.game)["expert_return"]) if labels else common.RETURNS[args.game][1]
+
+    # --- buffers, whose last rows hold the frame that the next rollout starts from
+    _, obs, first = envs.observe()
+    frames = torch.zeros(context + t + 1, *obs.shape, dtype=torch.uint8, device=device)  # the IDM's windows reach k back
+    firsts = torch.zeros(context + t + 1, b, dtype=torch.bool, device=device)
+    frames[-1], firsts[-1] = torch.from_numpy(obs), torch.from_numpy(first)
+    if scratch:
+        inputs = frames  # what PPO's network takes
+    else:
+        inputs = torch.zeros(t + 1, b, latent_policy.cnn.num_features, device=device)
+        inputs[-1] = encode(latent_policy, frames[-1])
+    actions = torch.zeros(t, b, dtype=torch.long, device=device)
+    logprobs = torch.zeros(t, b, device=device)
+    rewards = torch.zeros(t, b, device=device)
+    values = torch.zeros(t + 1, b, device=device)
+    # zeros until the first fit: while the action head has no say either, the agent then acts uniformly at random (the
+    # official code asks a decoder with random weights, which comes near to that)
+    decoded = torch.zeros(t, b, common.NUM_ACTIONS, device=device)
+    decoder_figures = {}
+    if idm:
+        z_seen = torch.zeros(refits[-1] * t * b, sizes["z_dim"], dtype=torch.float16, device=device)
+        action_seen = torch.zeros(refits[-1] * t * b, dtype=torch.long, device=device)
+        seen, decoder_figures["decoder_accuracy"] = 0, float("nan")
+    print(
+        f"stage 3, online: {args.method} on {args.game}, {updates:,} updates of {b} games x {t} steps on {device}; PPO trains "
+        f"{sum(p.numel() for p in policy.parameters()):,} parameters; a rollout takes "
+        f"{(inputs.nbytes + (0 if scratch else frames.nbytes)) / 1e6:.0f} MB"
+        + (f"; the decoder is fitted {len(refits)} times, last after {len(z_seen):,} steps" if idm else "")
+    )
+
+    # --- training
+    env_steps, returns, episodes = [], [], []
+    settings = json.dumps(asdict(args) | sizes, default=str)
+    output = run / f"decode_online_{args.method}"
+    log = common.MetricsLog(f"{output}.csv", updates * t * b, "step")
+    for update in range(1, updates + 1):
+        for buffer, rows in ((frames, context + 1), (firsts, context + 1), (inputs, 1)):
+            buffer[:rows] = buffer[-rows:].clone()  # the last rollout's end opens this one
+        with torch.no_grad():
+            for step in range(t):
+                if decoder:
+                    decoded[step] = decoder(latent_policy.head(F.relu(latent_policy.hidden(inputs[step]))))
+                logits, values[step] = policy(inputs[step], decoded[step])
+                actions[step] = sample_actions(logits, generator)
+                envs.act(actions[step].cpu().numpy())  # the games step while we store
+                logprobs[step] = logits.log_softmax(-1).gather(1, actions[step, :, None])[:, 0]
+                reward, obs, first = envs.observe()
+                rewards[step] = torch.from_numpy(normalize_reward(reward, first))
+                now = context + step + 1
+                frames[now], firsts[now] = torch.from_numpy(obs), torch.from_numpy(first)
+                if not scratch:
+                    inputs[step + 1] = encode(latent_policy, frames[now])
+            values[t] = policy(inputs[t], decoded[-1])[1]  # logits aside
+        advantages, targets = compute_gae(rewards, values, firsts[context:], args.gamma, args.gae_lambda)
+
+        env_step = update * t * b
+        if not scratch:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(env_step, group["ramp"], args.head_lr, args.env_steps)
+        flat = [x.flatten(0, 1) for x in (inputs[:-1], decoded, actions, logprobs, values[:-1], advantages, targets)]
+        for _ in range(args.epochs):
+            for rows in torch.randperm(t * b, generator=generator, device=device).chunk(args.minibatches):
+                mb_input, mb_decoded, mb_action, mb_logprob, mb_value, mb_advantage, mb_target = (x[rows] for x in flat)
+                loss, figures = ppo_loss(
+                    *policy(mb_input, mb_decoded), mb_action, mb_logprob, mb_value, mb_advantage, mb_target,
+                    args.clip, args.value_coef, entropy_coef,
+                )  # fmt: skip
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+                optimizer.step()
+
+        if idm:
+            z, action = label_transitions(idm, frames, firsts, actions)
+            if decoder:  # it has not seen these
+                decoder_figures["decoder_accuracy"] = (decoder(z).argmax(-1) == action).float().mean()
+            z_seen[seen : seen + len(z)], action_seen[seen : seen + len(z)] = z, action
+            seen += len(z)
+            if update in refits:
+                decoder = fit_decoder(
+                    z_seen[:seen], action_seen[:seen], args.refit_epochs, args.refit_batch_size, args.decoder_lr,
+                    args.label_smoothing, generator,
+                )  # fmt: skip
+            if update == refits[-1]:  # that was the last fit: the IDM and what it labelled can go
+                idm = z_seen = action_seen = None
+
+        log.bar.update(t * b)
+        if env_step // args.log_every_steps > (env_step - t * b) // args.log_every_steps or update == updates:
+            finished = [episode_return for _, episode_return in envs.finished]
+            envs.finished.clear()
+            env_steps.append(env_step)
+            returns.append(float(np.mean(finished)) if finished else float("nan"))
+            episodes.append(len(finished))
+            log.write(env_step=env_step, mean_return=returns[-1], episodes=episodes[-1], **figures, **decoder_figures)
+            common.save_npz(
+                f"{output}.npz", env_steps=np.array(env_steps), returns=np.array(returns), episodes=np.array(episodes),
+                random_return=random_return, expert_return=expert_return, settings=settings,
+            )  # fmt: skip
+            common.save_checkpoint(
+                f"{output}.pt", kind="decode_online", game=args.game, method=args.method, env_step=env_step, **sizes,
+                policy=policy.state_dict(), latent_policy=latent_policy and latent_policy.state_dict(),
+                decoder=decoder and decoder.state_dict(),
+            )  # fmt: skip
+            plot_curves(f"{output}.png", run, args.game, random_return, expert_return)
+    log.bar.close()
+    normalized = common.normalize_return(returns[-1], random_return, expert_return)
+    print(
+        f"{args.method}: mean return {returns[-1]:.2f} over the last {episodes[-1]} episodes, normalised {normalized:.2f} "
+        f"(random policy {random_return:.2f}, expert {expert_return:.2f})\n"
+        f"results: {output}.npz, .pt, .png and .csv\nnext: python visualize_latents.py --game {args.game}"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
