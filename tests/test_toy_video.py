@@ -1,0 +1,62 @@
+"""The test of the method: stage 1 finds the true actions of a toy video in which they are hidden, and only by training.
+
+A square moves over random backgrounds by one of five random actions, beside a distractor that moves by itself. What an
+untrained IDM makes of the frames does not tell the actions; what a trained one sends to the FDM must.
+"""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import toy_video
+
+import common
+import train_latent_dynamics as stage1
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """4,096 training and 1,024 held-out frames of 64x64 in episodes of 32."""
+    root = tmp_path_factory.mktemp("toy")
+    for split, episodes, seed in (("train", 128, 1), ("test", 32, 1001)):
+        obs, first, action, reward = toy_video(episodes, 32, seed)
+        folder = root / "data/maze" / split
+        settings = json.dumps(dict(game="maze", start_level=0, num_levels=0, seed=seed))
+        common.save_npz(folder / "frames_000.npz", obs=obs, first=first, settings=settings)
+        common.save_npz(folder / "labels_000.npz", action=action, reward=reward, expert_return=1.0)
+    return root
+
+
+def last_figures(root, run, **flags):
+    """Runs stage 1 with small flags and returns the last row of its metrics."""
+    stage1.main(
+        stage1.Args(
+            game="maze", device="cpu", data_dir=root / "data", runs_dir=root / run, eval_every=1000, eval_windows=960, multiplier=0.25,
+            fdm_width=4, batch_size=32, vq_decay=0.99, predict_change=True, **flags,
+        )
+    )  # fmt: skip
+    with open(root / run / "maze/train_latent_dynamics.csv") as file:
+        return {name: float(value) for name, value in list(csv.DictReader(file))[-1].items()}
+
+
+def test_stage_1_finds_the_hidden_actions(video):
+    trained = last_figures(video, "trained", grad_steps=600, lr=3e-3)
+    assert trained["probe"] >= 0.95
+    assert trained["test_error"] < 0.7 * trained["copy_error"]
+
+
+def test_an_untrained_idm_does_not_tell_them(video):
+    untrained = last_figures(video, "untrained", grad_steps=1, lr=1e-12)
+    assert untrained["majority"] == pytest.approx(0.2, abs=0.05)
+    assert untrained["probe"] < 0.5
+
+
+def test_the_square_moves_as_its_action_says():
+    obs, first, action, _ = toy_video(3, 20, seed=5)
+    yellow = (obs == (255, 255, 0)).all(-1)
+    corner = np.array([np.argwhere(frame).min(0) for frame in yellow])
+    moves = np.array([(0, 0), (0, -6), (0, 6), (-6, 0), (6, 0)])  # stay, left, right, up, down
+    for i in range(len(obs) - 1):
+        if not first[i + 1]:
+            assert (corner[i + 1] - corner[i] == moves[action[i]]).all()
