@@ -26,15 +26,15 @@ test: .venv/installed
 # agent), half-width networks, the expert in experts/. results/LOG.md tells how the flags were chosen.
 DEMO := --game coinrun --seed $(SEED) --device cpu --data-dir demo/data --runs-dir demo/runs
 demo: .venv/installed
-	@echo "The demo takes about @@MINUTES@@ minutes on 2 CPU cores, 3 GB of memory and 0.5 GB of disk."
+	@echo "The demo takes about 12 minutes on 2 CPU cores, 3 GB of memory and 0.5 GB of disk."
 	$(PY) collect_data.py $(DEMO) --train-frames 98_304 --test-frames 16_384 --frame-size 32 --num-levels 5
-	$(PY) train_latent_dynamics.py $(DEMO) --grad-steps 4000 --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --eval-every 500
-	$(PY) train_latent_bc.py $(DEMO) --grad-steps 2500 --lr 1e-3 --multiplier 0.5 --warmup-steps 100 --eval-every 500
+	$(PY) train_latent_dynamics.py $(DEMO) --grad-steps 3000 --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --eval-every 500
+	$(PY) train_latent_bc.py $(DEMO) --grad-steps 2000 --lr 1e-3 --multiplier 0.5 --warmup-steps 100 --eval-every 500
 	$(PY) decode_offline.py $(DEMO) --labels 16 64 256 1024 --decoder-seeds 3
 	$(PY) decode_online_ppo.py $(DEMO) --env-steps 131_072 --hidden-lr-ramp 50_000 80_000 0.1 --log-every-steps 16_384
 	$(PY) visualize_latents.py $(DEMO) --supervised-steps 500
-	@echo "Paper scale (make paper GAME=...) adds: all levels at 64x64, an expert of 25M steps, 8M frames, networks 8 to 9 times as wide,"
-	@echo "9M windows in place of 0.25M, and 4M steps of online decoding; it needs a GPU."
+	@echo "Paper scale (make paper GAME=...) adds: all levels at 64x64, an expert of 25M steps, 8M frames, networks 3 to 8 times as wide,"
+	@echo "9M windows in place of 0.2M, and 4M steps of online decoding; it needs a GPU."
 
 paper: .venv/installed
 	$(PY) collect_data.py --game $(GAME) --seed $(SEED)

@@ -1,0 +1,179 @@
+"""visualize_latents.py: figures with known outcomes, the table of equivalent actions on real Procgen, and a tiny chain."""
+
+import json
+
+import common
+import numpy as np
+import pytest
+import torch
+import visualize_latents as viz
+
+
+def test_knn_purity_is_one_on_separated_clusters_and_chance_on_shuffled_labels():
+    rng = np.random.default_rng(0)
+    actions = rng.choice(5, 1000, p=[0.4, 0.3, 0.1, 0.1, 0.1])
+    z = 100.0 * np.eye(8)[actions] + rng.normal(size=(1000, 8))
+    purity, chance = viz.knn_purity(z, actions)
+    assert purity == 1.0
+    assert chance == pytest.approx(0.4**2 + 0.3**2 + 3 * 0.1**2, abs=0.03)
+    purity, chance = viz.knn_purity(z, rng.permutation(actions))
+    assert purity == pytest.approx(chance, abs=0.03)
+
+
+def test_merged_accuracy_of_hand_made_predictions():
+    left_down, left, none, right, d = (viz.ACTIONS.index(name) for name in ("left-down", "left", "none", "right", "D"))
+    distinct = viz.distinct_actions("maze")  # left = left-down = left-up, none = D = A = ..
+    assert distinct[left_down] == distinct[left] == left and distinct[d] == distinct[none] == none and distinct[right] == right
+    probabilities = np.zeros((4, 15))
+    probabilities[0, left] = 1.0  # truly left: right
+    probabilities[1, left_down] = 1.0  # truly left: wrong, but equivalent
+    probabilities[2, [none, d, right]] = 0.3, 0.3, 0.4  # truly none: right only once none and D add up
+    probabilities[3, right] = 1.0  # truly D: wrong either way
+    assert viz.accuracies(probabilities, np.array([left, left, none, d]), distinct) == (0.25, 0.75)
+
+
+def test_probe_finds_a_linear_rule_and_copes_with_actions_it_never_saw():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(400, 6))
+    actions = np.where(z[:, 0] > 0, 7, 1)
+    probabilities = viz.probe(viz.LogisticRegression(), z[:300], actions[:300], z[300:])
+    assert probabilities.shape == (100, 15) and np.allclose(probabilities.sum(1), 1)
+    assert viz.accuracies(probabilities, actions[300:], np.arange(15))[0] > 0.95
+    assert viz.accuracies(probabilities, np.full(100, 14), np.arange(15))[0] == 0
+
+
+def test_codebook_use_counts_each_codebook_by_itself():
+    codes = np.array([[0, 1, 5, 5], [2, 3, 5, 5]], np.uint8)  # first codebook: 4 codes alike; second: one code only
+    perplexity, used = viz.codebook_use(codes, codebooks=2, embeddings=8)
+    assert perplexity == pytest.approx([4, 1], rel=1e-3)
+    assert used == pytest.approx([4 / 8, 1 / 8])
+
+
+def test_fdm_errors_of_a_stub_that_adds_z_to_the_last_frame():
+    rng = np.random.default_rng(0)
+    step = rng.integers(-40, 41, 600)  # what is added to every pixel between o_t and o_{t+1}
+    windows = np.full((600, 3, 4, 4, 3), 100, np.uint8)
+    windows[:, 2] += step.astype(np.uint8)[:, None, None, None]  # wraps round to the right value
+    z_q = torch.from_numpy(step[:, None]).float()
+
+    def fdm(past, z):
+        return viz.to_input(past[:, -1:]) + z[:, :, None, None] / 255
+
+    errors = viz.fdm_errors(fdm, windows, z_q, z_q / 2, "cpu", seed=0)
+    assert errors["true"] == pytest.approx(0, abs=1e-10)
+    assert errors["copy"] == pytest.approx(np.square(step / 255).mean(), rel=1e-4)
+    assert errors["zeroed"] == pytest.approx(errors["copy"], rel=1e-4)
+    assert errors["mean_of_action"] == pytest.approx(errors["copy"] / 4, rel=1e-4)
+    assert errors["shuffled"] == pytest.approx(2 * errors["copy"], rel=0.2)  # two steps that have nothing to do with each other
+
+
+def same_outcome(game, states, horizon):
+    """bool [15, 15]: which actions led to the same frames, rewards and episode ends from all of `states` states."""
+    source, copies = (common.ProcgenGym3Env(num, game, distribution_mode="easy", rand_seed=3, num_threads=0) for num in (8, 15))
+    rng = np.random.default_rng(0)
+    same = np.ones((15, 15), bool)
+    action = rng.integers(15, size=8)
+    for _ in range(states // 8):
+        for _ in range(10):  # sticky random play between two samples
+            action = np.where(rng.random(8) < 0.3, rng.integers(15, size=8), action)
+            source.act(action)
+            source.observe()
+        for state in source.get_state():
+            copies.set_state([state] * 15)
+            action_of_copy = np.arange(15)
+            for _ in range(horizon):  # the internal state may remember the action, so let the copies go on
+                copies.act(action_of_copy)
+                reward, obs, first = copies.observe()
+                outcome = np.array([hash((o.tobytes(), r, f)) for o, r, f in zip(obs["rgb"], reward.tolist(), first.tolist())])
+                same &= outcome[:, None] == outcome
+                action_of_copy = np.full(15, rng.integers(15))
+    return same
+
+
+@pytest.mark.parametrize("game", ["climber", "ninja", "starpilot"])
+def test_actions_said_to_be_equivalent_are_and_no_others(game):
+    distinct = viz.distinct_actions(game)
+    assert (same_outcome(game, states=160, horizon=4) == (distinct[:, None] == distinct[None])).all()
+
+
+def test_the_table_covers_all_games_and_names_real_actions_once():
+    assert set(viz.EQUIVALENT_ACTIONS) == set(common.RETURNS)
+    for groups in viz.EQUIVALENT_ACTIONS.values():
+        names = " ".join(groups).split()
+        assert len(names) == len(set(names)) and set(names) <= set(viz.ACTIONS)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a tiny run of the real scripts, up to the latents."""
+    import collect_data
+    import train_latent_dynamics
+
+    root = tmp_path_factory.mktemp("run")
+    where = dict(game="bigfish", device="cpu", data_dir=root / "data", runs_dir=root / "runs")
+    collect_data.main(collect_data.Args(
+        **where, experts_dir=root / "experts", expert_steps=64, num_envs=4, rollout_steps=64, frame_size=16, expert_multiplier=0.25,
+        train_frames=512, test_frames=256,
+    ))  # fmt: skip
+    train_latent_dynamics.main(train_latent_dynamics.Args(
+        **where, multiplier=0.25, fdm_width=4, codebooks=2, latents_per_codebook=2, embeddings=8, embedding_dim=4,
+        grad_steps=3, batch_size=8, eval_every=3, eval_windows=64,
+    ))  # fmt: skip
+    return where
+
+
+@pytest.mark.parametrize("projection, supervised_steps", [("pca", 2), ("tsne", 0), ("umap", 0)])
+def test_chain_writes_plots_and_figures(run, capsys, projection, supervised_steps):
+    viz.main(viz.Args(**run, points=100, projection=projection, supervised_steps=supervised_steps))
+    folder = run["runs_dir"] / "bigfish"
+    for name in ("latents.png", "fdm.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    with np.load(folder / "latents.npz", allow_pickle=False) as file:
+        arrays = dict(file)
+    assert arrays["xy"].shape == (100, 2) and np.isfinite(arrays["xy"]).all()
+    assert arrays["action"].shape == arrays["distinct_action"].shape == (100,)
+    assert arrays["perplexity"].shape == arrays["codes_used"].shape == (2,)
+    for name in ("majority", "untrained_linear", "linear", "mlp", "knn_purity", "knn_chance", "silhouette"):
+        assert arrays[name].shape == (2,)  # all 15 actions; equivalent ones merged
+    assert ("supervised" in arrays) == (supervised_steps > 0)
+    for name in ("true", "mean_of_action", "zeroed", "shuffled", "copy"):
+        assert arrays[f"fdm_error_{name}"] > 0
+    assert json.loads(str(arrays["settings"]))["projection"] == projection
+    table = capsys.readouterr().out
+    assert "linear probe of z" in table and "shuffled" in table
+    assert ("IDM trained on true actions" in table) == (supervised_steps > 0)
+
+
+def error_line(args):
+    with pytest.raises(SystemExit) as error:
+        viz.main(args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing_or_foreign_files_give_one_clear_line(run, tmp_path):
+    args = viz.Args(**{**run, "runs_dir": tmp_path})
+    assert "latent_dynamics.pt is missing" in error_line(args)
+    assert "did you mean" in error_line(viz.Args(game="coinrum"))
+
+    (tmp_path / "bigfish").mkdir()
+    checkpoint = run["runs_dir"] / "bigfish" / "latent_dynamics.pt"
+    (tmp_path / "bigfish" / "latent_dynamics.pt").write_bytes(checkpoint.read_bytes())
+    line = error_line(args)
+    assert "latents_000.npz is missing" in line and "python train_latent_dynamics.py --game bigfish" in line
+
+    for split in ("train", "test"):  # latents of fewer frames than lie in data/
+        frames = sorted((run["data_dir"] / "bigfish" / split).glob("frames_*.npz"))
+        for path in frames:
+            rows = common.count_rows(path) - 8
+            latents = dict(z=np.zeros((rows, 16), np.float16), codes=np.zeros((rows, 4), np.uint8), valid=np.ones(rows, bool))
+            common.save_npz(common.beside(path, "latents", tmp_path / "bigfish" / split), **latents)
+    assert "made from other frames" in error_line(args)
+
+
+def test_missing_labels_give_one_clear_line(run, tmp_path):
+    for split in ("train", "test"):
+        for path in (run["data_dir"] / "bigfish" / split).glob("frames_*.npz"):
+            common.write_bytes(tmp_path / "bigfish" / split / path.name, path.read_bytes())
+    line = error_line(viz.Args(**{**run, "data_dir": tmp_path}))
+    assert "labels_000.npz is missing" in line and "python collect_data.py --game bigfish" in line
