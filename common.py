@@ -205,11 +205,12 @@ def load_npz(path, keys, made_by):
     """Arrays of `keys` from a .npz, as a dict; a file that is missing, cut short or lacks a key ends the run."""
     try:
         with np.load(path, allow_pickle=False) as archive:
+            for key in keys:
+                if key not in archive.files:
+                    fail(f"{path} holds no '{key}'; make it anew with: {made_by}")
             return {key: archive[key] for key in keys}
     except FileNotFoundError:
         fail(f"{path} is missing; make it with: {made_by}")
-    except KeyError as error:
-        fail(f"{path} holds no {error}; make it anew with: {made_by}")
     except Exception as error:  # zipfile, zlib, ValueError, EOFError: all mean that the file is damaged
         fail(f"{path} is damaged ({type(error).__name__}); delete it and make it anew with: {made_by}")
 
@@ -230,8 +231,8 @@ def load_checkpoint(path, kind, game, made_by):
         fail(f"{path} is damaged ({type(error).__name__}); delete it and make it anew with: {made_by}")
     if not isinstance(content, dict) or content.get("kind") != kind:
         fail(f"{path} is not a checkpoint of kind '{kind}'; make it anew with: {made_by}")
-    if content["game"] != game:
-        fail(f"{path} was trained on '{content['game']}', not on '{game}'; make it anew with: {made_by}")
+    if content.get("game") != game:
+        fail(f"{path} was trained on '{content.get('game')}', not on '{game}'; make it anew with: {made_by}")
     return content
 
 
@@ -288,11 +289,20 @@ def read_frames(path, game):
     """One shard: obs uint8 [N, S, S, 3], first bool [N], settings (a dict of plain values)."""
     made_by = f"python collect_data.py --game {game}"
     shard = load_npz(path, ("obs", "first", "settings"), made_by)
-    obs, first, settings = shard["obs"], shard["first"], json.loads(str(shard["settings"]))
-    if obs.dtype != np.uint8 or obs.ndim != 4 or obs.shape[1] != obs.shape[2] or obs.shape[3] != 3 or first.shape != obs.shape[:1]:
-        fail(f"{path} has obs {obs.dtype} {obs.shape} and first {first.shape}, not uint8 [N, S, S, 3] and [N]; make it anew with: {made_by}")
-    if settings["game"] != game:
-        fail(f"{path} was recorded from '{settings['game']}', not from '{game}'; make it anew with: {made_by}")
+    obs, first = shard["obs"], shard["first"]
+    square = obs.ndim == 4 and obs.shape[1] == obs.shape[2] and obs.shape[3] == 3
+    if obs.dtype != np.uint8 or not square or first.dtype != bool or first.shape != obs.shape[:1]:
+        fail(
+            f"{path} has obs {obs.dtype} {obs.shape} and first {first.dtype} {first.shape}, not uint8 [N, S, S, 3] and bool [N]; "
+            f"make it anew with: {made_by}"
+        )
+    try:
+        settings = json.loads(str(shard["settings"]))
+        recorded = settings["game"]
+    except (ValueError, TypeError, KeyError):
+        fail(f"{path} has settings that cannot be read; make it anew with: {made_by}")
+    if recorded != game:
+        fail(f"{path} was recorded from '{recorded}', not from '{game}'; make it anew with: {made_by}")
     return obs, first, settings
 
 
@@ -306,7 +316,10 @@ def read_latents(shard_path, latents_dir, game):
     made_by = f"python train_latent_dynamics.py --game {game}"
     path = beside(shard_path, "latents", latents_dir)
     shard = load_npz(path, ("z", "codes", "valid"), made_by)
-    return shard["z"], shard["codes"], shard["valid"]
+    z, codes, valid = shard["z"], shard["codes"], shard["valid"]
+    if z.ndim != 2 or codes.ndim != 2 or valid.dtype != bool or not len(z) == len(codes) == len(valid):
+        fail(f"{path} has z {z.shape}, codes {codes.shape}, valid {valid.dtype} {valid.shape}, not of one length; make it anew with: {made_by}")
+    return z, codes, valid
 
 
 def read_labels(shard_path, game):
@@ -348,6 +361,7 @@ class FrameStore:
         self.next_shard = self.reader.submit(self._read, next(self.queue))
         for slot in range(self.num_slots):
             self._replace(slot, read_ahead=slot + 1 < self.num_slots or self.num_slots < len(self.paths))
+        self._skip_shards_without_windows()
 
     def _shards_for_ever(self):
         while True:
@@ -370,6 +384,8 @@ class FrameStore:
             self.frame_size = obs.shape[1]
             self.obs = torch.empty(self.num_slots * self.slot_rows, *obs.shape[1:], dtype=torch.uint8)
             self.z = None if z is None else torch.empty(self.num_slots * self.slot_rows, z.shape[1], dtype=torch.float16)
+        if obs.shape[1:] != self.obs.shape[1:] or (z is not None and z.shape[1] != self.z.shape[1]):
+            fail(f"the shards of {self.paths[0].parent} differ in frame size or latents; make them anew: python collect_data.py --game {self.game}")
         start = slot * self.slot_rows
         self.obs[start : start + len(obs)] = torch.from_numpy(obs)
         if z is not None:
@@ -377,8 +393,15 @@ class FrameStore:
         self.windows_of_slot[slot] = torch.from_numpy(start + np.flatnonzero(valid))
         if all(windows is not None for windows in self.windows_of_slot):
             self.windows = torch.cat(self.windows_of_slot)
-            if len(self.windows) == 0:
-                fail(f"no window of {self.context + 2} frames lies within an episode; record longer streams")
+
+    def _skip_shards_without_windows(self):
+        """A shard can be too short for any window; a pool of such gives way until one has some."""
+        for _ in range(2 * len(self.paths)):  # two passes: each is in an order of its own
+            if len(self.windows) == 0 and self.num_slots < len(self.paths):
+                self._replace(self.oldest)
+                self.oldest = (self.oldest + 1) % self.num_slots
+        if len(self.windows) == 0:
+            fail(f"no window of {self.context + 2} frames in {self.paths[0].parent} lies within an episode; record longer streams")
 
     def _draw(self, batch):
         rows = self.windows[torch.randint(len(self.windows), (batch,), generator=self.generator)]
@@ -390,6 +413,7 @@ class FrameStore:
             self.draws -= len(self.windows_of_slot[self.oldest])
             self._replace(self.oldest)
             self.oldest = (self.oldest + 1) % self.num_slots
+            self._skip_shards_without_windows()
 
     def sample_windows(self, batch):
         """uint8 (B, context + 2, S, S, 3): o_{t-context} .. o_{t+1}"""

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,6 +250,7 @@ def test_frames_of_another_game_shape_or_content_are_refused(tmp_path):
     for wrong in (
         dict(obs=obs.astype(np.float32), first=first), dict(obs=obs[:, :2], first=first), dict(obs=obs[..., 0], first=first),
         dict(obs=obs[..., :1], first=first), dict(obs=obs, first=first[:5]), dict(obs=obs, first=first[:, None]),
+        dict(obs=obs, first=first.astype(np.float32)),
     ):  # fmt: skip
         common.save_npz(path, settings=settings, **wrong)
         text = message(common.read_frames, path, "maze")
@@ -256,7 +258,15 @@ def test_frames_of_another_game_shape_or_content_are_refused(tmp_path):
 
     common.save_npz(path, obs=obs, first=first)
     text = message(common.read_frames, path, "maze")
-    assert str(path) in text and "settings" in text and MAKE in text
+    assert str(path) in text and "holds no 'settings'" in text and MAKE in text
+    for settings in ("not json", "[]", "{}"):
+        common.save_npz(path, obs=obs, first=first, settings=settings)
+        text = message(common.read_frames, path, "maze")
+        assert str(path) in text and "settings that cannot be read" in text and MAKE in text
+
+    write_frames(tmp_path)
+    write_frames(tmp_path, name="frames_001.npz", size=8)
+    assert "differ in frame size" in message(common.FrameStore, tmp_path, "maze", 1, 80, 1)
 
 
 def test_missing_labels_and_latents_name_their_command(tmp_path):
@@ -269,6 +279,22 @@ def test_missing_labels_and_latents_name_their_command(tmp_path):
     assert "nowhere holds no frames_NNN.npz" in text and MAKE in text
     (tmp_path / "frames_001.npz").write_bytes(b"PK")
     assert "frames_001.npz is damaged" in message(common.FrameStore, tmp_path, "maze", 1, 1000, 1)
+
+
+class Bomb:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_in_an_npz_is_refused(tmp_path):
+    path = write_frames(tmp_path)
+    np.savez(path, obs=np.array([Bomb(tmp_path / "exploded")], dtype=object), first=np.zeros(1, bool), settings="{}")
+    assert "damaged" in message(common.read_frames, path, "maze") and not (tmp_path / "exploded").exists()
 
 
 def test_checkpoints_come_back_or_are_refused(tmp_path):
@@ -296,6 +322,11 @@ def test_checkpoints_come_back_or_are_refused(tmp_path):
     torch.save([1, 2], path)
     assert "not a checkpoint of kind" in message(load)
 
+    torch.save(dict(kind="expert"), path)
+    assert "'None', not on 'maze'" in message(load)
+
+    torch.save(Bomb(tmp_path / "exploded"), path)
+    assert "damaged" in message(load) and not (tmp_path / "exploded").exists()
     torch.save(dict(kind="expert", game="maze", config=json.JSONEncoder()), path)  # an object of a class: weights_only refuses it
     assert "damaged" in message(load)
 
@@ -387,6 +418,14 @@ def test_a_pool_smaller_than_a_shard_is_refused(tmp_path):
     assert "no window of 3 frames" in message(common.FrameStore, tmp_path, "maze", 1, 40, 1)
 
 
+def test_shards_too_short_for_a_window_are_passed_over(tmp_path):
+    for shard, episode in enumerate((2, 2, 10, 2)):  # episodes of two frames hold no window of three
+        write_frames(tmp_path, name=f"frames_{shard:03d}.npz", shard=shard, episode=episode)
+    store = common.FrameStore(tmp_path, "maze", 1, 40, seed=1)
+    for _ in range(20):
+        assert {shard for shard, _ in look(store.sample_windows(16))} == {2}
+
+
 def write_latents(folder, rows, shard, valid):
     z = np.stack([np.full(rows, shard), np.arange(rows)], 1).astype(np.float16)
     common.save_npz(folder / f"latents_{shard:03d}.npz", z=z, codes=np.zeros((rows, 8), np.uint8), valid=valid)
@@ -408,6 +447,8 @@ def test_frames_are_paired_with_their_own_latents(tmp_path):
     write_latents(tmp_path / "latents", 29, 3, np.ones(29, bool))
     text = message(common.FrameStore, tmp_path / "frames", "maze", 2, 1000, 1, latents_dir=tmp_path / "latents")
     assert "other frames" in text and "train_latent_dynamics.py --game maze" in text
+    write_latents(tmp_path / "latents", 30, 3, np.ones(31, bool))
+    assert "not of one length" in message(common.read_latents, tmp_path / "frames/frames_003.npz", tmp_path / "latents", "maze")
 
 
 def test_rows_are_drawn_without_replacement_from_valid_ones():

@@ -9,6 +9,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import toy_video
 
 import common
@@ -30,12 +31,14 @@ def video(tmp_path_factory):
 
 def last_figures(root, run, **flags):
     """Runs stage 1 with small flags and returns the last row of its metrics."""
+    torch.set_num_threads(2)
     stage1.main(
         stage1.Args(
             game="maze", device="cpu", data_dir=root / "data", runs_dir=root / run, eval_every=1000, eval_windows=960, multiplier=0.25,
             fdm_width=4, batch_size=32, vq_decay=0.99, predict_change=True, **flags,
         )
     )  # fmt: skip
+    torch.set_num_threads(1)
     with open(root / run / "maze/train_latent_dynamics.csv") as file:
         return {name: float(value) for name, value in list(csv.DictReader(file))[-1].items()}
 

@@ -110,7 +110,7 @@ def run(tmp_path_factory):
     import train_latent_dynamics
 
     root = tmp_path_factory.mktemp("run")
-    where = dict(game="bigfish", device="cpu", data_dir=root / "data", runs_dir=root / "runs")
+    where = dict(game="starpilot", device="cpu", data_dir=root / "data", runs_dir=root / "runs")
     collect_data.main(collect_data.Args(
         **where, experts_dir=root / "experts", expert_steps=64, num_envs=4, rollout_steps=64, frame_size=16, expert_multiplier=0.25,
         train_frames=512, test_frames=256,
@@ -125,7 +125,7 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("projection, supervised_steps", [("pca", 2), ("tsne", 0), ("umap", 0)])
 def test_chain_writes_plots_and_figures(run, capsys, projection, supervised_steps):
     viz.main(viz.Args(**run, points=100, projection=projection, supervised_steps=supervised_steps))
-    folder = run["runs_dir"] / "bigfish"
+    folder = run["runs_dir"] / "starpilot"
     for name in ("latents.png", "fdm.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     with np.load(folder / "latents.npz", allow_pickle=False) as file:
@@ -156,24 +156,24 @@ def test_missing_or_foreign_files_give_one_clear_line(run, tmp_path):
     assert "latent_dynamics.pt is missing" in error_line(args)
     assert "did you mean" in error_line(viz.Args(game="coinrum"))
 
-    (tmp_path / "bigfish").mkdir()
-    checkpoint = run["runs_dir"] / "bigfish" / "latent_dynamics.pt"
-    (tmp_path / "bigfish" / "latent_dynamics.pt").write_bytes(checkpoint.read_bytes())
+    (tmp_path / "starpilot").mkdir()
+    checkpoint = run["runs_dir"] / "starpilot" / "latent_dynamics.pt"
+    (tmp_path / "starpilot" / "latent_dynamics.pt").write_bytes(checkpoint.read_bytes())
     line = error_line(args)
-    assert "latents_000.npz is missing" in line and "python train_latent_dynamics.py --game bigfish" in line
+    assert "latents_000.npz is missing" in line and "python train_latent_dynamics.py --game starpilot" in line
 
     for split in ("train", "test"):  # latents of fewer frames than lie in data/
-        frames = sorted((run["data_dir"] / "bigfish" / split).glob("frames_*.npz"))
+        frames = sorted((run["data_dir"] / "starpilot" / split).glob("frames_*.npz"))
         for path in frames:
             rows = common.count_rows(path) - 8
             latents = dict(z=np.zeros((rows, 16), np.float16), codes=np.zeros((rows, 4), np.uint8), valid=np.ones(rows, bool))
-            common.save_npz(common.beside(path, "latents", tmp_path / "bigfish" / split), **latents)
+            common.save_npz(common.beside(path, "latents", tmp_path / "starpilot" / split), **latents)
     assert "made from other frames" in error_line(args)
 
 
 def test_missing_labels_give_one_clear_line(run, tmp_path):
     for split in ("train", "test"):
-        for path in (run["data_dir"] / "bigfish" / split).glob("frames_*.npz"):
-            common.write_bytes(tmp_path / "bigfish" / split / path.name, path.read_bytes())
+        for path in (run["data_dir"] / "starpilot" / split).glob("frames_*.npz"):
+            common.write_bytes(tmp_path / "starpilot" / split / path.name, path.read_bytes())
     line = error_line(viz.Args(**{**run, "data_dir": tmp_path}))
-    assert "labels_000.npz is missing" in line and "python collect_data.py --game bigfish" in line
+    assert "labels_000.npz is missing" in line and "python collect_data.py --game starpilot" in line
