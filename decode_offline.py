@@ -187,7 +187,7 @@ def plot(path, game, labels, returns, random_return, expert_return):
     axes.axhline(random_return, color="gray", linestyle=":", label=f"random policy ({random_return:.2f})")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="labelled frames", ylabel="mean episodic return", title=f"{game}: latent policy decoded offline")
-    axes.legend()
+    axes.legend(loc="lower right")
     with common.atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
