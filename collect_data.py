@@ -307,7 +307,8 @@ def record(args, device, policy, split, num_frames, expert_return):
         if shard == 0:  # only now is it known how well the frames compress
             needed = 1.05 * len(frames_npz) * steps / length
             free = shutil.disk_usage(folder).free
-            print(f"{split}: {steps * args.num_envs:,} frames will take about {needed / 1e9:.2f} GB of {free / 1e9:.1f} GB free in {folder}")
+            total = steps * args.num_envs
+            print(f"{split}: {total:,} frames will take about {needed / 1e9:.2f} GB of {free / 1e9:.1f} GB free in {folder}")
             if needed > free:
                 common.fail(f"{folder} has no room for {needed / 1e9:.1f} GB of frames; lower --{split}-frames or set --data-dir")
             for old in [*folder.glob("frames_*.npz"), *folder.glob("labels_*.npz")]:

@@ -318,7 +318,8 @@ def read_latents(shard_path, latents_dir, game):
     shard = load_npz(path, ("z", "codes", "valid"), made_by)
     z, codes, valid = shard["z"], shard["codes"], shard["valid"]
     if z.ndim != 2 or codes.ndim != 2 or valid.dtype != bool or not len(z) == len(codes) == len(valid):
-        fail(f"{path} has z {z.shape}, codes {codes.shape}, valid {valid.dtype} {valid.shape}, not of one length; make it anew with: {made_by}")
+        shapes = f"z {z.shape}, codes {codes.shape}, valid {valid.dtype} {valid.shape}"
+        fail(f"{path} has {shapes}, not of one length; make it anew with: {made_by}")
     return z, codes, valid
 
 
@@ -385,7 +386,8 @@ class FrameStore:
             self.obs = torch.empty(self.num_slots * self.slot_rows, *obs.shape[1:], dtype=torch.uint8)
             self.z = None if z is None else torch.empty(self.num_slots * self.slot_rows, z.shape[1], dtype=torch.float16)
         if obs.shape[1:] != self.obs.shape[1:] or (z is not None and z.shape[1] != self.z.shape[1]):
-            fail(f"the shards of {self.paths[0].parent} differ in frame size or latents; make them anew: python collect_data.py --game {self.game}")
+            made_by = f"python collect_data.py --game {self.game}"
+            fail(f"the shards of {self.paths[0].parent} differ in frame size or latents; make them anew with: {made_by}")
         start = slot * self.slot_rows
         self.obs[start : start + len(obs)] = torch.from_numpy(obs)
         if z is not None:

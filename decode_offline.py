@@ -198,7 +198,8 @@ def main(args):
     device = common.pick_device(args.device)
     common.seed_everything(args.seed)
     data, run = args.data_dir / args.game, args.runs_dir / args.game
-    checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", args.game, f"python train_latent_bc.py --game {args.game}")
+    made_by = f"python train_latent_bc.py --game {args.game}"
+    checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", args.game, made_by)
     policy = LatentPolicy(checkpoint["frame_size"], checkpoint["multiplier"], checkpoint["z_dim"])
     policy.load_state_dict(checkpoint["model"])
     policy = policy.to(device, memory_format=torch.channels_last).eval()

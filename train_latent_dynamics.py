@@ -378,7 +378,8 @@ def main(args):
             common.save_checkpoint(
                 run / "latent_dynamics.pt", kind="latent_dynamics", game=args.game, grad_step=grad_step,
                 frame_size=store.frame_size, start_level=store.settings["start_level"], num_levels=store.settings["num_levels"],
-                context=args.context, multiplier=args.multiplier, fdm_width=args.fdm_width, predict_change=args.predict_change, codebooks=args.codebooks,
+                context=args.context, multiplier=args.multiplier, fdm_width=args.fdm_width,
+                predict_change=args.predict_change, codebooks=args.codebooks,
                 latents_per_codebook=args.latents_per_codebook, embeddings=args.embeddings, embedding_dim=args.embedding_dim,
                 idm=idm.state_dict(), quantizer=quantizer.state_dict(), fdm=fdm.state_dict(),
             )  # fmt: skip

@@ -459,19 +459,22 @@ def plot_fdm(path, fdm, windows, z_q, mean_z_q, actions, device, game, num_windo
 def print_summary(run, game, figures, errors):
     """One table of what all stages gave; what was not run is left out."""
     untrained, majority = figures["untrained_linear"], figures["majority"]
+    error, shuffled = errors["true"] / errors["copy"], errors["shuffled"] / errors["copy"]
     rows = [
         ("true action from z, linear probe", figures["linear"][0], f"majority class {majority[0]:.2f}, untrained IDM {untrained[0]:.2f}"),
         ("  equivalent actions merged", figures["linear"][1], f"majority class {majority[1]:.2f}, untrained IDM {untrained[1]:.2f}"),
-        ("FDM's error, of copying the last frame's", errors["true"] / errors["copy"], f"with shuffled latents {errors['shuffled'] / errors['copy']:.2f}"),
+        ("FDM's error, of copying the last frame's", error, f"with shuffled latents {shuffled:.2f}"),
     ]
     if (run / "decode_offline.npz").exists():
         keys = ("labels", "returns", "random_return", "expert_return")
         offline = common.load_npz(run / "decode_offline.npz", keys, f"python decode_offline.py --game {game}")
         bounds = f"random {offline['random_return']:.2f}, expert {offline['expert_return']:.2f}"
         for labels, returns in zip(offline["labels"], offline["returns"]):
-            rows.append((f"return, decoded with {labels} labels", returns.mean(), f"± {returns.std():.2f} over {len(returns)} decoders; {bounds}"))
+            spread = f"± {returns.std():.2f} over {len(returns)} decoders"
+            rows.append((f"return, decoded with {labels} labels", returns.mean(), f"{spread}; {bounds}"))
     for path in sorted(run.glob("decode_online_*.npz")):
-        online = common.load_npz(path, ("env_steps", "returns", "random_return", "expert_return"), f"python decode_online_ppo.py --game {game}")
+        keys = ("env_steps", "returns", "random_return", "expert_return")
+        online = common.load_npz(path, keys, f"python decode_online_ppo.py --game {game}")
         bounds = f"random {online['random_return']:.2f}, expert {online['expert_return']:.2f}"
         rows.append((f"return, {path.stem[14:]} after {online['env_steps'][-1]:,} steps online", online["returns"][-1], bounds))
     print(f"\n{run}, all on held-out episodes or new games")
