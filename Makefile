@@ -44,4 +44,6 @@ paper: .venv/installed
 	$(PY) decode_online_ppo.py --game $(GAME) --seed $(SEED) --method rl_sl
 	$(PY) decode_online_ppo.py --game $(GAME) --seed $(SEED) --method rl
 	$(PY) decode_online_ppo.py --game $(GAME) --seed $(SEED) --method scratch
+	$(PY) train_ilpo.py --game $(GAME) --seed $(SEED)
+	$(PY) decode_online_ppo.py --game $(GAME) --seed $(SEED) --method ilpo
 	$(PY) visualize_latents.py --game $(GAME) --seed $(SEED)

@@ -14,6 +14,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,12 +39,16 @@ class Args:
     """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
     experts_dir: Path = Path("experts")
     """The expert is <experts-dir>/<game>.pt; an expert that is there is used, not trained again."""
+    checkpoint_minutes: float = 5
+    """Minutes between two writes of the whole state, from which --resume goes on."""
+    resume: bool = False
+    """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
 
     train_frames: int = 8_000_000
     """Frames to record for training (section 5: about 8M); 0 trains the expert only."""
     test_frames: int = 100_000
     """Frames to record from other seeds, to report on."""
-    frame_size: int = 64
+    frame_size: Literal[64, 32, 16] = 64
     """Side of the frames in pixels: 64 (the paper's), 32 or 16 (means over blocks). The expert sees the same frames."""
     start_level: int = 0
     """First level of the game."""
@@ -155,6 +160,14 @@ class RewardNormalizer:
         self.discounted[first] = 0.0
         return np.clip(reward / np.sqrt(self.statistics.var + 1e-8), -10, 10).astype(np.float32)
 
+    def state_dict(self):
+        statistics = {name: float(value) for name, value in vars(self.statistics).items()}  # mean, var and count
+        return dict(statistics=statistics, discounted=torch.from_numpy(self.discounted.copy()))
+
+    def load_state_dict(self, saved):
+        vars(self.statistics).update(saved["statistics"])
+        self.discounted = saved["discounted"].numpy()
+
 
 def compute_gae(rewards, values, firsts, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016).
@@ -193,7 +206,7 @@ def sample_actions(logits, generator):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def train_expert(args, device, path):
+def train_expert(args, device, path, run_state):
     """Trains ExpertPolicy with PPO and writes it, in half precision, to `path`."""
     policy = ExpertPolicy(args.frame_size, args.expert_multiplier).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.expert_lr, eps=1e-5)
@@ -213,8 +226,10 @@ def train_expert(args, device, path):
 
     updates = max(1, args.expert_steps // (t * b))
     log = common.MetricsLog(args.runs_dir / args.game / "expert.csv", updates * t * b, "step")
+    parts = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator, normalize_reward=normalize_reward, log=log)
+    run_state.load(parts)
     _, obs, first = envs.observe()
-    for update in range(1, updates + 1):
+    for update in range(run_state.step // (t * b) + 1, updates + 1):
         for step in range(t):
             obs_buffer[step] = torch.from_numpy(obs)
             firsts[step] = torch.from_numpy(first)
@@ -243,6 +258,7 @@ def train_expert(args, device, path):
                 nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
                 optimizer.step()
 
+        common.check_finite(update * t * b, args.runs_dir / args.game / "expert.pt", policy)
         log.bar.update(t * b)
         if update % 5 == 0 or update == updates:  # a row for every 82k steps at the paper's settings
             finished = [episode_return for _, episode_return in envs.finished]
@@ -256,6 +272,8 @@ def train_expert(args, device, path):
                 start_level=args.start_level, num_levels=args.num_levels,
                 model={name: weight.half() for name, weight in policy.state_dict().items()},
             )  # fmt: skip
+        if run_state.due(last=update == updates):
+            run_state.save(update * t * b, parts, phase="expert")
     log.bar.close()
 
 
@@ -268,7 +286,7 @@ def load_expert(args, device, path):
             flag = "--" + name.replace("_", "-")
             common.fail(f"{path} was trained with {flag} {expert[name]}, not {getattr(args, name)}; pass that, or train one: {made_by}")
     policy = ExpertPolicy(expert["frame_size"], expert["multiplier"])
-    policy.load_state_dict(expert["model"])
+    expert.fill(policy, "model")
     return policy.to(device, memory_format=torch.channels_last).eval(), expert["env_step"]
 
 
@@ -276,10 +294,11 @@ def load_expert(args, device, path):
 
 
 @torch.no_grad()
-def record(args, device, policy, split, num_frames, expert_return):
+def record(args, device, policy, split, num_frames, expert_return, run_state):
     """Records `num_frames` frames of the expert's sampled actions in shards of at most num_envs streams x rollout_steps.
 
-    The streams of a shard lie one after the other, each in the order of time.
+    The streams of a shard lie one after the other, each in the order of time. The state is kept after every shard, so that a
+    run that was killed goes on from the last whole one.
     """
     seed = common.derive_seed(args.seed, f"record {split}")
     envs = common.ProcgenEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
@@ -290,8 +309,14 @@ def record(args, device, policy, split, num_frames, expert_return):
 
     steps = -(-num_frames // args.num_envs)
     bar = common.progress_bar(steps * args.num_envs, "frame", split)
+    done, parts = 0, dict(envs=envs, generator=generator)
+    if run_state.values.get("phase") == split:
+        run_state.load(parts)
+        done = run_state.step
+        bar.update(min(done * args.rollout_steps, steps) * args.num_envs)
     _, obs, first = envs.observe()
-    for shard, start in enumerate(range(0, steps, args.rollout_steps)):
+    for shard in range(done, -(-steps // args.rollout_steps)):
+        start = shard * args.rollout_steps
         length = min(args.rollout_steps, steps - start)
         shape = (args.num_envs, length)
         frames = np.empty((*shape, args.frame_size, args.frame_size, 3), np.uint8)
@@ -318,19 +343,30 @@ def record(args, device, policy, split, num_frames, expert_return):
         ))  # fmt: skip
         common.write_bytes(folder / f"frames_{shard:03d}.npz", frames_npz)
         bar.update(args.num_envs * length)
+        run_state.save(shard + 1, parts, phase=split)
     bar.close()
 
 
 def main(args):
-    common.check_game(args.game)
+    common.check_flags(
+        args, zero=("train_frames", "start_level", "num_levels", "entropy_coef", "value_coef"), shares=("gamma", "gae_lambda"),
+        writes=("runs_dir", "data_dir"),
+    )  # fmt: skip
+    rollout = args.num_envs * args.rollout_steps
+    if rollout % args.minibatches or rollout // args.minibatches < 2:
+        common.fail(f"a rollout of {rollout} steps does not divide into --minibatches {args.minibatches} of 2 or more")
     device = common.pick_device(args.device)
     common.seed_everything(args.seed)
-    path = args.experts_dir / f"{args.game}.pt"
+    data, path = args.data_dir / args.game, args.experts_dir / f"{args.game}.pt"
+    run_state = common.RunState(args.runs_dir / args.game, "collect_data", args)
+    if run_state.finished(data / "test" / "frames_000.npz" if args.train_frames else path):
+        return
+    run_state.begin()
     if path.exists():
         print(f"expert: {path} is there and will be used")
     else:
         print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps on {device}, to {path}")
-        train_expert(args, device, path)
+        train_expert(args, device, path, run_state)
     policy, env_step = load_expert(args, device, path)
 
     seed = common.derive_seed(args.seed, "evaluate expert")
@@ -342,10 +378,13 @@ def main(args):
         f"after {env_step:,} steps of PPO (the paper's, on all levels: {common.RETURNS[args.game][1]:.2f})"
     )
     if args.train_frames == 0:
+        run_state.finish()
         return
-    record(args, device, policy, "train", args.train_frames, returns.mean())
-    record(args, device, policy, "test", args.test_frames, returns.mean())
-    print(f"frames and labels: {args.data_dir / args.game}\nnext: python train_latent_dynamics.py --game {args.game}")
+    if run_state.values.get("phase") != "test":
+        record(args, device, policy, "train", args.train_frames, returns.mean(), run_state)
+    record(args, device, policy, "test", args.test_frames, returns.mean(), run_state)
+    run_state.finish()
+    print(f"frames and labels: {data}\nnext: python train_latent_dynamics.py --game {args.game}")
 
 
 if __name__ == "__main__":

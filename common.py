@@ -9,10 +9,12 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import os
 import random
+import signal
 import sys
-import tempfile
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,11 +23,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing keeps two processes out of one run
+    fcntl = None
+
 with contextlib.redirect_stderr(io.StringIO()):  # gym greets every import with a notice about its successor
     from gym.wrappers.normalize import RunningMeanStd  # noqa: F401 (for the scripts with PPO)
     from procgen import ProcgenGym3Env
 
-NUM_ACTIONS = 15  # Procgen's: 9 moves (left-down, left, left-up, down, none, up, right-down, right, right-up), D A W S Q E
+NUM_ACTIONS = 15  # Procgen's, in every game; named in ACTIONS
 
 # Mean episodic return of a uniformly random policy and of the paper's expert ("easy", all levels).
 RETURNS = {
@@ -50,9 +57,84 @@ def check_game(game):
         fail(f"no Procgen game is called '{game}'; did you mean {', '.join(near)}?")
 
 
+def check_flags(args, zero=(), shares=(), writes=("runs_dir",)):
+    """Ends the run with one line if a flag cannot work; every script calls it before anything else.
+
+    Numbers must be finite and above 0, integers below 2^31. zero: flags that may be 0. shares: flags between 0 and 1.
+    writes: folders that will be written.
+    """
+    check_game(args.game)
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, Path):
+            there = next(path for path in (value.absolute(), *value.absolute().parents) if os.path.exists(path))
+            if not there.is_dir():
+                fail(f"{flag} {value} cannot be a folder, because {there} is a file")
+            if name in writes and not os.access(there, os.W_OK):
+                fail(f"{flag} {value} cannot be written; choose another folder")
+        if value == ():
+            fail(f"{flag} is empty; give at least one value")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            at_least_0 = name in ("seed", *zero, *shares)
+            if not math.isfinite(number) or number < 0 or (number == 0 and not at_least_0):
+                fail(f"{flag} {number} must be a finite number, {'0 or above' if at_least_0 else 'above 0'}")
+            if name in shares and number > 1:
+                fail(f"{flag} {number} must lie between 0 and 1")
+            if isinstance(number, int) and number >= 2**31:
+                fail(f"{flag} {number} is too large; integers must be below 2^31")
+            if name.endswith("multiplier") and number < 1 / 16:
+                fail(f"{flag} {number} leaves no channel of the first 16; it must be 1/16 or above")
+
+
 def normalize_return(value, random_return, expert_return):
     """0 for the random policy, 1 for the expert."""
     return (value - random_return) / (expert_return - random_return)
+
+
+# --- actions -------------------------------------------------------------------------------------------------------
+
+ACTIONS = "left-down left left-up down none up right-down right right-up D A W S Q E".split()  # Procgen's 0 .. 14
+
+# Actions that do the same thing, written as the one that stands for its group and then the others; actions not named
+# differ from all others. Found by trial: from 900 to 3,100 states a game, met in sticky random play, all 15 actions were
+# tried from the same state (Procgen's get_state and set_state; the copies share their random numbers) and then five common
+# actions. Two actions are equivalent only if no frame, reward or episode end ever differed; Procgen's source agrees. The
+# rule is strict: coinrun's "down" is one of its own because it drops through crates, in 1% of those states.
+EQUIVALENT_ACTIONS = {
+    "bigfish": ["none D A W S Q E"],
+    "bossfight": ["none A W S Q E"],
+    "caveflyer": ["none A W S Q E"],
+    "chaser": ["none D A W S Q E"],
+    "climber": ["left left-down", "right right-down", "none down D A W S Q E"],
+    "coinrun": ["none D A W S Q E"],
+    "dodgeball": ["none A W S Q E"],
+    "fruitbot": ["left left-down left-up", "right right-down right-up", "none down up A W S Q E"],
+    "heist": ["none D A W S Q E"],
+    "jumper": ["left left-down", "right right-down", "none down D A W S Q E"],
+    "leaper": ["left left-down left-up", "right right-down right-up", "none D A W S Q E"],
+    "maze": ["left left-down left-up", "right right-down right-up", "none D A W S Q E"],
+    "miner": ["left left-down left-up", "right right-down right-up", "none D A W S Q E"],
+    "ninja": ["left left-down", "right right-down", "none down", "D Q E"],
+    "plunder": ["left left-down left-up", "right right-down right-up", "none down up A W S Q E"],
+    "starpilot": ["D W S Q E"],
+}
+
+# Action by action, around the colour circle by direction; none is grey, buttons are dark or earthy.
+ACTION_COLORS = (
+    "#3454d1 #17a2b8 #3aa655 #7b3fbf #a6a6a6 #c9a400 #e83fb8 #e0202c #f5821f "
+    "#000000 #8c5a2b #5c6b2f #c8a27a #5a2a2a #2f5d62"
+).split()  # fmt: skip
+
+
+def distinct_actions(game):
+    """int [15]: for each action the one that stands for all those which do the same in this game."""
+    distinct = np.arange(NUM_ACTIONS)
+    for group in EQUIVALENT_ACTIONS[game]:
+        members = [ACTIONS.index(name) for name in group.split()]
+        distinct[members] = members[0]
+    return distinct
 
 
 # --- devices and seeds ---------------------------------------------------------------------------------------------
@@ -107,8 +189,14 @@ class ProcgenEnvs:
         self._return = np.zeros(num_envs)
         self._acted = False
 
+    def _play(self, call, *arguments):
+        try:
+            return call(*arguments)
+        except Exception as error:
+            fail(f"Procgen failed ({type(error).__name__}: {error}); what was saved is whole, and --resume goes on from it")
+
     def observe(self):
-        reward, obs, first = self.games.observe()
+        reward, obs, first = self._play(self.games.observe)
         if self._acted:  # Procgen repeats the last reward when asked twice
             self._return += reward
             for env in np.flatnonzero(first):
@@ -118,8 +206,17 @@ class ProcgenEnvs:
         return reward, area_mean(obs["rgb"], self.frame_size), first
 
     def act(self, action):
-        self.games.act(np.asarray(action, dtype=np.int32))
+        self._play(self.games.act, np.asarray(action, dtype=np.int32))
         self._acted = True
+
+    def state_dict(self):
+        """Between observe() and act(): the games with their random numbers, and the returns of the episodes under way."""
+        games = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in self.games.get_state()]
+        return dict(games=games, returns=torch.from_numpy(self._return.copy()), finished=list(self.finished))
+
+    def load_state_dict(self, saved):
+        self.games.set_state([state.numpy().tobytes() for state in saved["games"]])
+        self._return, self.finished, self._acted = saved["returns"].numpy(), saved["finished"], False
 
 
 def area_mean(obs, size):
@@ -166,20 +263,29 @@ def random_return(game, seed, start_level, num_levels):
 
 
 @contextlib.contextmanager
+def writing(path):
+    """A full disk, or a folder that cannot be written, ends the run with one line."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{path} could not be written ({error.strerror}); what was there before is whole")
+
+
+@contextlib.contextmanager
 def atomic_write(path):
     """Yields a temporary path beside `path` that takes its place when the block ends well; else it is removed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
+    temporary = path.parent / f".{path.name}.part"  # one name: what a killed run left is overwritten by the next
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # else the machine may go down with the new name on disk, and nothing in it
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def npz_bytes(**arrays):
@@ -189,25 +295,42 @@ def npz_bytes(**arrays):
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-    return buffer.getbuffer()
+    return buffer.getvalue()
 
 
 def write_bytes(path, content):
     with atomic_write(path) as temporary:
-        Path(temporary).write_bytes(content)
+        temporary.write_bytes(content)
 
 
 def save_npz(path, **arrays):
     write_bytes(path, npz_bytes(**arrays))
 
 
+def npz_headers(path):
+    """{name: (shape, dtype)} of a .npz; an array that is not as large as its header says raises ValueError, before any is read."""
+    headers = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as member:
+                if np.lib.format.read_magic(member) != (1, 0):
+                    raise ValueError("not written by this project")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+                fits = info.file_size == member.tell() + math.prod(shape) * dtype.itemsize
+            if not fits or info.file_size > 1100 * os.path.getsize(path):  # deflate shrinks 1032 times at most
+                raise ValueError("an array is not as large as its header says")
+            headers[info.filename.removesuffix(".npy")] = shape, dtype
+    return headers
+
+
 def load_npz(path, keys, made_by):
     """Arrays of `keys` from a .npz, as a dict; a file that is missing, cut short or lacks a key ends the run."""
     try:
+        headers = npz_headers(path)
+        for key in keys:
+            if key not in headers:
+                fail(f"{path} holds no '{key}'; make it anew with: {made_by}")
         with np.load(path, allow_pickle=False) as archive:
-            for key in keys:
-                if key not in archive.files:
-                    fail(f"{path} holds no '{key}'; make it anew with: {made_by}")
             return {key: archive[key] for key in keys}
     except FileNotFoundError:
         fail(f"{path} is missing; make it with: {made_by}")
@@ -217,13 +340,35 @@ def load_npz(path, keys, made_by):
 
 def save_checkpoint(path, **content):
     """Tensors and plain Python values only, so that it loads with weights_only=True."""
-    with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+    buffer = io.BytesIO()  # torch.save itself answers a full disk with an error that does not say so
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+class Checkpoint(dict):
+    """What save_checkpoint wrote; a key that is not there, or weights that do not fit, end the run."""
+
+    def __init__(self, content, path, made_by):
+        super().__init__(content)
+        self.path, self.made_by = path, made_by
+
+    def __missing__(self, key):
+        fail(f"{self.path} holds no '{key}': it is of another version of the code; make it anew with: {self.made_by}")
+
+    def fill(self, module, key):
+        """Loads the weights under `key` into `module`."""
+        try:
+            module.load_state_dict(self[key])
+        except Exception as error:  # RuntimeError, AttributeError, TypeError: names or shapes differ, or these are no weights
+            fail(f"{self.path}: '{key}' does not fit its network ({type(error).__name__}); make it anew with: {self.made_by}")
 
 
 def load_checkpoint(path, kind, game, made_by):
-    """The dict that save_checkpoint wrote, on the CPU; a file of another kind or game, or a damaged one, ends the run."""
+    """The Checkpoint at `path`, on the CPU; a file of another kind or game, or a damaged one, ends the run."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look whether the bytes are those that were written
+                raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"{path} is missing; make it with: {made_by}")
@@ -233,7 +378,7 @@ def load_checkpoint(path, kind, game, made_by):
         fail(f"{path} is not a checkpoint of kind '{kind}'; make it anew with: {made_by}")
     if content.get("game") != game:
         fail(f"{path} was trained on '{content.get('game')}', not on '{game}'; make it anew with: {made_by}")
-    return content
+    return Checkpoint(content, path, made_by)
 
 
 def progress_bar(total, unit, description=None):
@@ -254,18 +399,186 @@ class MetricsLog:
 
     def __init__(self, path, total, unit):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.unlink(missing_ok=True)
+        write_bytes(self.path, b"")
         self.bar = progress_bar(total, unit)
 
+    def state_dict(self):
+        return dict(csv=self.path.read_bytes().decode(), done=self.bar.n)
+
+    def load_state_dict(self, saved):
+        write_bytes(self.path, saved["csv"].encode())  # rows that came after the state are gone, to be written anew
+        self.bar.n = self.bar.initial = saved["done"]
+
     def write(self, **row):
+        if row.get("episodes") == 0:
+            self.bar.write("note: no episode has ended since the last row, so its return is nan; rows of more steps would have one")
         row = {key: float(value) if isinstance(value, torch.Tensor) else value for key, value in row.items()}
-        with open(self.path, "a", newline="") as file:
+        with writing(self.path), open(self.path, "a", newline="") as file:
             writer = csv.DictWriter(file, row)
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
         self.bar.write("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+
+
+# --- runs that can be killed -----------------------------------------------------------------------------------------
+
+
+MAY_DIFFER = {"device", "data_dir", "runs_dir", "experts_dir", "checkpoint_minutes", "resume"}  # from the flags of the run that goes on
+
+
+def check_finite(step, last_good, *modules):
+    """Ends the run if a weight is no longer finite; `last_good` names the file that so is not overwritten.
+
+    A loss that is not finite leaves such weights behind for good, so it need not be looked for at every step.
+    """
+    finite = [weight.isfinite().all() for module in modules for weight in module.state_dict().values()]
+    if finite and not torch.stack(finite).all():  # one wait for the GPU
+        fail(f"the loss is no longer finite at step {step}; {last_good} keeps what was good; try a lower learning rate")
+
+
+class RunState:
+    """The whole state of a run in <folder>/<name>_state.pt, there from its start to its end, so that --resume can go on.
+
+        run_state = RunState(folder, name, args)
+        parts = dict(model=model, optimizer=optimizer, ...)  # each with state_dict() and load_state_dict(), or a torch.Generator
+        run_state.load(parts)
+        for step in range(run_state.step + 1, steps + 1):
+            ...
+            if run_state.due():
+                run_state.save(step, parts, plain=values)  # the next run finds them in run_state.values
+        run_state.finish()
+
+    SIGTERM and Ctrl-C: the run saves and stops where it next asks due(), or at once where it does not ask; a second one stops
+    it at once. While it lasts, no other process can run the same in this folder.
+    """
+
+    def __init__(self, folder, name, args):
+        self.path, self.kind, self.args = Path(folder) / f"{name}_state.pt", f"{name}_state", args
+        self.flags = {flag: str(value) for flag, value in vars(args).items() if flag not in MAY_DIFFER}
+        self.step, self.values, self.saved = 0, {}, {}
+        self.signal, self.asking, self.time = None, False, time.monotonic()
+        with writing(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.lock = open(Path(folder) / f".{name}.lock", "a")
+        try:
+            if fcntl:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends, however it does
+        except OSError:
+            fail(f"another process runs {name} in {folder}; wait for it, or give this one its own --runs-dir")
+        self.others = self.path.exists() and not args.resume  # a state that is not this run's
+        if self.others:
+            minutes = f"{args.checkpoint_minutes:g} minutes"
+            print(f"note: {self.path} is of an unfinished run, to be overwritten in {minutes}; to go on with that run, pass --resume")
+        elif self.path.exists():
+            self._read()
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        if self.handlers[signal.SIGINT] == signal.SIG_IGN:  # a job in the background, whose terminal's Ctrl-C is not meant for it
+            del self.handlers[signal.SIGINT]
+        for number in self.handlers:
+            signal.signal(number, self._on_signal)
+
+    def _read(self):
+        content = load_checkpoint(self.path, self.kind, self.args.game, "the same command without --resume")
+        for flag in self.flags | content["flags"]:
+            was, now = content["flags"].get(flag, "absent"), self.flags.get(flag, "absent")
+            if was != now:
+                flag = "--" + flag.replace("_", "-")
+                fail(f"{flag} is {now}, but {self.path} is of a run with {was}; go on with that, or start anew without --resume")
+        self.step, self.values, self.saved = content["step"], Checkpoint(content["values"], content.path, content.made_by), content
+        print(f"resume: {self.path} is at step {self.step:,}")
+
+    def finished(self, product):
+        """Whether --resume has nothing to do: the `product` of the run is there, and no state."""
+        done = self.args.resume and not self.path.exists() and Path(product).exists()
+        if done:
+            print(f"resume: nothing to do, {product} is finished; to make it anew, leave --resume out")
+            self.finish()
+        return done
+
+    def begin(self):
+        """From here on the run has left a trace, by which --resume knows that older products are not its own."""
+        if not self.path.exists():
+            save_checkpoint(self.path, kind=self.kind, game=self.args.game, flags=self.flags, step=0, values={}, parts={}, rng={})
+
+    def load(self, parts):
+        """Puts the state that --resume found, if any, into `parts` and the random number generators."""
+        self.begin()
+        saved, self.saved = self.saved, {}
+        if not saved or not saved["parts"]:
+            return
+        try:
+            for name, part in parts.items():
+                content = saved["parts"][name]
+                if not isinstance(part, torch.Generator):
+                    part.load_state_dict(content)
+                elif content.shape == part.get_state().shape:
+                    part.set_state(content)
+                else:  # of another kind of device
+                    part.manual_seed(derive_seed(self.args.seed, f"resume at {self.step}"))
+            random.setstate(saved["rng"]["python"])
+            np.random.set_state(saved["rng"]["numpy"])
+            torch.set_rng_state(saved["rng"]["torch"])
+            for device, state in enumerate(saved["rng"]["cuda"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(state, device)
+        except Exception as error:  # what a state of other code may lack or hold has many names
+            fail(f"{self.path} does not fit this version of the code ({type(error).__name__}); start anew without --resume")
+
+    def due(self, last=False):
+        """Whether to save at the end of this step: it is time, the run was told to stop, or nothing will ask after this."""
+        self.asking = not last
+        return last or self.signal is not None or time.monotonic() - self.time > 60 * self.args.checkpoint_minutes
+
+    def save(self, step, parts, **values):
+        """Writes the state after `step`; values: tensors and plain values. Ends the run if it was told to stop."""
+        check_finite(step, self.path, *(part for part in parts.values() if isinstance(part, torch.nn.Module)))
+        if not (self.signal and self.others):  # who stops a run so soon may have meant the one that lies there
+            kind, key, *rest = np.random.get_state()
+            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+            save_checkpoint(
+                self.path, kind=self.kind, game=self.args.game, flags=self.flags, step=step, values=values,
+                parts={name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict() for name, part in parts.items()},
+                rng=dict(python=random.getstate(), numpy=(kind, key.tolist(), *rest), torch=torch.get_rng_state(), cuda=cuda),
+            )  # fmt: skip
+            self.step, self.others, self.time = step, False, time.monotonic()
+        if self.signal:
+            self._stop()
+
+    def _on_signal(self, number, _):
+        self._restore_handlers()
+        self.signal = number
+        if not self.asking:
+            self._stop()
+        os.write(2, b"\nstops at the end of this step; once more stops it at once\n")  # print() may not be called in a handler
+
+    def _restore_handlers(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _stop(self):
+        where = f"{self.path} is still of the run before" if self.others else f"{self.path} is at step {self.step:,}"
+        tqdm.write(f"stopped: {where}; go on with --resume", file=sys.stderr)
+        raise SystemExit(128 + self.signal)
+
+    def finish(self):
+        """The run has done all that it had to."""
+        self.path.unlink(missing_ok=True)
+        self._restore_handlers()
+        self.lock.close()
+
+
+def run_folder(runs_dir, game, vq):
+    """Where the runs of a game lie: <runs-dir>/<game>, or <game>_no_vq for those without vector quantisation."""
+    return Path(runs_dir) / (game if vq else f"{game}_no_vq")
+
+
+def fingerprint(*modules):
+    """16 hex digits that tell one set of weights from another, so that files made by one are not mixed with another's."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, weight in module.state_dict().items():
+            digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # --- frames and latents --------------------------------------------------------------------------------------------
@@ -311,29 +624,39 @@ def beside(path, kind, folder=None):
     return Path(folder or path.parent) / f"{kind}_{path.stem.split('_')[-1]}.npz"
 
 
-def read_latents(shard_path, latents_dir, game):
-    """The latents of one shard: z float16 [N, Z], codes uint8 [N, C], valid bool [N]."""
+def read_latents(shard_path, latents_dir, game, dynamics):
+    """The latents of one shard: z float16 [N, Z], codes uint8 [N, C], valid bool [N].
+
+    dynamics: the fingerprint of the stage 1 run that they must stem from.
+    """
     made_by = f"python train_latent_dynamics.py --game {game}"
     path = beside(shard_path, "latents", latents_dir)
-    shard = load_npz(path, ("z", "codes", "valid"), made_by)
+    shard = load_npz(path, ("z", "codes", "valid", "dynamics"), made_by)
     z, codes, valid = shard["z"], shard["codes"], shard["valid"]
-    if z.ndim != 2 or codes.ndim != 2 or valid.dtype != bool or not len(z) == len(codes) == len(valid):
-        shapes = f"z {z.shape}, codes {codes.shape}, valid {valid.dtype} {valid.shape}"
-        fail(f"{path} has {shapes}, not of one length; make it anew with: {made_by}")
+    types = z.dtype == np.float16 and codes.dtype == np.uint8 and valid.dtype == bool
+    if not types or z.ndim != 2 or codes.ndim != 2 or valid.ndim != 1 or not len(z) == len(codes) == len(valid):
+        shapes = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in dict(z=z, codes=codes, valid=valid).items())
+        fail(f"{path} has {shapes}, of wrong types or not of one length; make it anew with: {made_by}")
+    if str(shard["dynamics"]) != dynamics:
+        fail(f"{path} stems from another run of stage 1 than the checkpoint in use; make both anew, beginning with: {made_by}")
     return z, codes, valid
 
 
 def read_labels(shard_path, game):
     """The labels of one shard, as a dict: action uint8 [N], reward float32 [N], expert_return float32 []."""
-    return load_npz(beside(shard_path, "labels"), ("action", "reward", "expert_return"), f"python collect_data.py --game {game}")
+    path, made_by = beside(shard_path, "labels"), f"python collect_data.py --game {game}"
+    labels = load_npz(path, ("action", "reward", "expert_return"), made_by)
+    action, reward = labels["action"], labels["reward"]
+    if action.dtype != np.uint8 or action.ndim != 1 or action.shape != reward.shape or (action >= NUM_ACTIONS).any():
+        shapes = f"action {action.dtype} {action.shape} and reward {reward.shape}"
+        fail(f"{path} has {shapes}, not actions of Procgen and a reward each; make it anew with: {made_by}")
+    return labels
 
 
 def count_rows(path):
     """Rows of the first array of a .npz, read from its header alone."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(archive.namelist()[0]) as member:
-            np.lib.format.read_magic(member)
-            return np.lib.format.read_array_header_1_0(member)[0][0]
+        return next(iter(npz_headers(path).values()))[0][0]
     except Exception as error:
         fail(f"{path} is damaged ({type(error).__name__}); delete it and make it anew with: python collect_data.py")
 
@@ -345,9 +668,9 @@ class FrameStore:
     many draws as the oldest shard has windows that shard gives way: each window is drawn about once a pass.
     """
 
-    def __init__(self, folder, game, context, pool_frames, seed, latents_dir=None):
+    def __init__(self, folder, game, context, pool_frames, seed, latents_dir=None, dynamics=None):
         self.paths = list_shards(folder, "frames", f"python collect_data.py --game {game}")
-        self.game, self.context, self.latents_dir = game, context, latents_dir
+        self.game, self.context, self.latents_dir, self.dynamics = game, context, latents_dir, dynamics
         rows = [count_rows(path) for path in self.paths]
         self.num_frames, self.slot_rows = sum(rows), max(rows)
         if pool_frames < min(self.slot_rows, self.num_frames):
@@ -355,32 +678,40 @@ class FrameStore:
         self.num_slots = min(len(self.paths), pool_frames // self.slot_rows)
         self.rng = np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.queue = self._shards_for_ever()
+        self.queue = []
         self.obs = self.z = None
-        self.windows_of_slot, self.oldest, self.draws = [None] * self.num_slots, 0, 0
+        self.shard_of_slot, self.windows_of_slot = [None] * self.num_slots, [None] * self.num_slots
+        self.oldest, self.draws = 0, 0
         self.reader = ThreadPoolExecutor(1)
-        self.next_shard = self.reader.submit(self._read, next(self.queue))
+        self._read_ahead()
         for slot in range(self.num_slots):
             self._replace(slot, read_ahead=slot + 1 < self.num_slots or self.num_slots < len(self.paths))
         self._skip_shards_without_windows()
 
-    def _shards_for_ever(self):
-        while True:
-            yield from self.rng.permutation(len(self.paths))
+    def _read_ahead(self):
+        self.queue = self.queue or self.rng.permutation(len(self.paths)).tolist()
+        self.ahead = self.queue.pop(0)
+        self.next_shard = self.reader.submit(self._read, self.ahead)
 
     def _read(self, index):
         obs, first, settings = read_frames(self.paths[index], self.game)
+        valid = valid_windows(first, self.context)
         if self.latents_dir is None:
-            return obs, None, valid_windows(first, self.context), settings
-        z, _, valid = read_latents(self.paths[index], self.latents_dir, self.game)
-        if len(z) != len(obs):
+            return obs, None, valid, settings
+        z, _, has_latent = read_latents(self.paths[index], self.latents_dir, self.game, self.dynamics)
+        if not np.array_equal(valid, has_latent):
             fail(f"{self.latents_dir} was made from other frames; make it anew with: python train_latent_dynamics.py --game {self.game}")
         return obs, z, valid, settings
 
     def _replace(self, slot, read_ahead=True):
-        obs, z, valid, self.settings = self.next_shard.result()
+        index, shard = self.ahead, self.next_shard.result()
         if read_ahead:
-            self.next_shard = self.reader.submit(self._read, next(self.queue))
+            self._read_ahead()
+        self._fill(slot, index, shard)
+
+    def _fill(self, slot, index, shard):
+        obs, z, valid, self.settings = shard
+        self.shard_of_slot[slot] = index
         if self.obs is None:
             self.frame_size = obs.shape[1]
             self.obs = torch.empty(self.num_slots * self.slot_rows, *obs.shape[1:], dtype=torch.uint8)
@@ -395,6 +726,26 @@ class FrameStore:
         self.windows_of_slot[slot] = torch.from_numpy(start + np.flatnonzero(valid))
         if all(windows is not None for windows in self.windows_of_slot):
             self.windows = torch.cat(self.windows_of_slot)
+
+    def state_dict(self):
+        """The position in the data: which shard lies in which slot, the shards to come, and the random numbers."""
+        data = [self.settings, self.dynamics, [path.name for path in self.paths], self.num_frames]
+        return dict(
+            data=data, slots=list(self.shard_of_slot), ahead=self.ahead, queue=list(self.queue), oldest=self.oldest,
+            draws=self.draws, rng=self.rng.bit_generator.state, generator=self.generator.get_state(),
+        )  # fmt: skip
+
+    def load_state_dict(self, saved):
+        if saved["data"] != self.state_dict()["data"]:
+            fail(f"{self.paths[0].parent} or its latents are not those that the run began with; start it anew without --resume")
+        for slot, index in enumerate(saved["slots"]):
+            if index != self.shard_of_slot[slot]:
+                self._fill(slot, index, self._read(index))
+        self.ahead, self.queue, self.oldest, self.draws = saved["ahead"], saved["queue"], saved["oldest"], saved["draws"]
+        if self.num_slots < len(self.paths):
+            self.next_shard = self.reader.submit(self._read, self.ahead)
+        self.rng.bit_generator.state = saved["rng"]
+        self.generator.set_state(saved["generator"])
 
     def _skip_shards_without_windows(self):
         """A shard can be too short for any window; a pool of such gives way until one has some."""

@@ -34,6 +34,12 @@ class Args:
     """Frames and labels lie in <data-dir>/<game>."""
     runs_dir: Path = Path("runs")
     """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
+    checkpoint_minutes: float = 5
+    """Minutes between two writes of the whole state, from which --resume goes on."""
+    resume: bool = False
+    """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
+    vq: bool = True
+    """Quantise the latent actions; --no-vq is the paper's ablation (A.2), whose runs go to <runs-dir>/<game>_no_vq."""
     pool_frames: int = 1_000_000
     """Frames held in memory at once (12 KB each at 64x64); more on disk than that are streamed."""
     eval_every: int = 2000
@@ -119,21 +125,24 @@ def report(policy, obs, z, device, batch_size=512):
 
 
 def main(args):
-    common.check_game(args.game)
+    common.check_flags(args, zero=("warmup_steps",))
     device = common.pick_device(args.device)
     common.seed_everything(args.seed)
-    data, run = args.data_dir / args.game, args.runs_dir / args.game
+    data, run = args.data_dir / args.game, common.run_folder(args.runs_dir, args.game, args.vq)
+    run_state = common.RunState(run, "train_latent_bc", args)
+    if run_state.finished(run / "latent_policy.pt"):
+        return
     dynamics = common.load_checkpoint(
         run / "latent_dynamics.pt", "latent_dynamics", args.game, f"python train_latent_dynamics.py --game {args.game}"
     )
     context = dynamics["context"]
     z_dim = dynamics["codebooks"] * dynamics["latents_per_codebook"] * dynamics["embedding_dim"]
 
-    store = common.FrameStore(data / "train", args.game, context, args.pool_frames, args.seed, latents_dir=run / "train")
+    store = common.FrameStore(data / "train", args.game, context, args.pool_frames, args.seed, run / "train", dynamics["fingerprint"])
     windows, where = common.fixed_windows(data / "test", args.game, context, args.eval_windows, args.seed)
     test_obs = windows[:, context]
-    test_z = np.concatenate([common.read_latents(path, run / "test", args.game)[0][rows] for path, rows in where.items()])
-    test_z = test_z.astype(np.float32)
+    latents = {path: common.read_latents(path, run / "test", args.game, dynamics["fingerprint"])[0] for path in where}
+    test_z = np.concatenate([latents[path][rows] for path, rows in where.items()]).astype(np.float32)
 
     policy = LatentPolicy(store.frame_size, args.multiplier, z_dim).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr, fused=True)
@@ -147,7 +156,9 @@ def main(args):
     )
 
     log = common.MetricsLog(run / "train_latent_bc.csv", args.grad_steps, "step")
-    for grad_step in range(1, args.grad_steps + 1):
+    parts = dict(policy=policy, optimizer=optimizer, schedule=schedule, store=store, log=log)
+    run_state.load(parts)
+    for grad_step in range(run_state.step + 1, args.grad_steps + 1):
         obs, z = (x.to(device) for x in store.sample_latents(args.batch_size))
         loss = F.mse_loss(policy(obs), z)
         optimizer.zero_grad()
@@ -156,13 +167,17 @@ def main(args):
         schedule.step()
         log.bar.update()
         if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
+            common.check_finite(grad_step, run / "latent_policy.pt", policy)
             log.write(grad_step=grad_step, train_error=loss.detach(), **report(policy, test_obs, test_z, device))
             common.save_checkpoint(
                 run / "latent_policy.pt", kind="latent_policy", game=args.game, grad_step=grad_step, frame_size=store.frame_size,
                 start_level=store.settings["start_level"], num_levels=store.settings["num_levels"], context=context,
-                multiplier=args.multiplier, z_dim=z_dim, model=policy.state_dict(),
+                multiplier=args.multiplier, z_dim=z_dim, dynamics=dynamics["fingerprint"], model=policy.state_dict(),
             )  # fmt: skip
+        if run_state.due():
+            run_state.save(grad_step, parts)
     log.bar.close()
+    run_state.finish()
     print(f"latent policy: {run / 'latent_policy.pt'}\nnext: python decode_offline.py --game {args.game}, or decode_online_ppo.py")
 
 

@@ -39,6 +39,12 @@ class Args:
     """Frames and labels lie in <data-dir>/<game>."""
     runs_dir: Path = Path("runs")
     """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
+    checkpoint_minutes: float = 5
+    """Minutes between two writes of the whole state, from which --resume goes on."""
+    resume: bool = False
+    """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
+    vq: bool = True
+    """Quantise the latent actions; --no-vq is the paper's ablation (A.2), whose runs go to <runs-dir>/<game>_no_vq."""
     pool_frames: int = 1_000_000
     """Frames held in memory at once (12 KB each at 64x64); more on disk than that are streamed."""
     eval_every: int = 2000
@@ -163,11 +169,12 @@ class EMAVectorQuantizer(nn.Module):
         one_hot = F.one_hot(codes, self.embedding.shape[1]).to(x.dtype)  # (C, B * P, K)
         self.count.lerp_(one_hot.sum(1), 1 - self.decay)
         self.total.lerp_(one_hot.transpose(1, 2) @ x, 1 - self.decay)
-        # a code used a hundred times less than its fair share restarts on a random piece of this batch
-        dead = self.count < 0.01 * x.shape[1] / self.embedding.shape[1]  # (C, K)
+        # a code used ten times less than its fair share restarts on a random piece of this batch, as if it had that share
+        fair = x.shape[1] / self.embedding.shape[1]
+        dead = self.count < 0.1 * fair  # (C, K)
         pieces = x[:, torch.randint(x.shape[1], (self.embedding.shape[1],), device=x.device)]  # (C, K, E)
-        self.count.copy_(torch.where(dead, 1.0, self.count))
-        self.total.copy_(torch.where(dead[..., None], pieces, self.total))
+        self.count.copy_(torch.where(dead, fair, self.count))
+        self.total.copy_(torch.where(dead[..., None], fair * pieces, self.total))
         self.embedding.copy_(self.total / self.count[..., None])
 
     def lookup(self, codes):
@@ -176,6 +183,14 @@ class EMAVectorQuantizer(nn.Module):
         codes = codes.long().view(-1, c, p).transpose(0, 1).reshape(c, -1)  # (C, B * P)
         z_q = self.embedding.gather(1, codes[..., None].expand(-1, -1, e))  # (C, B * P, E)
         return z_q.view(c, -1, p, e).permute(1, 0, 3, 2).flatten(1)
+
+
+class NoQuantizer(nn.Module):
+    """In the quantiser's place without vector quantisation (A.2): z goes to the FDM as it is, and has no codes."""
+
+    def forward(self, z):
+        """z (B, Z) -> z, commitment loss (), codes int64 (B, 0)"""
+        return z, z.new_zeros(()), torch.zeros(len(z), 0, dtype=torch.long, device=z.device)
 
 
 def conv_beside_constant_planes(conv, x, z):
@@ -299,12 +314,13 @@ def report(idm, quantizer, fdm, train, test, device, batch_size=512):
         error += F.mse_loss(fdm(windows[:, :-1], z_q), target) * len(windows) / len(test_windows)
         copy_error += F.mse_loss(to_input(windows[:, -2:-1]), target) * len(windows) / len(test_windows)
     figures = dict(test_error=error, copy_error=copy_error)
-    codebooks, embeddings, _ = quantizer.embedding.shape
-    for codebook, used in enumerate(np.split(codes, codebooks, axis=1)):
-        share = np.bincount(used.ravel(), minlength=embeddings) / used.size
-        figures[f"perplexity_{codebook}"] = float(np.exp(-(share * np.log(share + 1e-10)).sum()))
-        figures[f"codes_used_{codebook}"] = float((share > 0).mean())
-    if train_actions is not None and test_actions is not None:
+    if isinstance(quantizer, EMAVectorQuantizer):
+        codebooks, embeddings, _ = quantizer.embedding.shape
+        for codebook, used in enumerate(np.split(codes, codebooks, axis=1)):
+            share = np.bincount(used.ravel(), minlength=embeddings) / used.size
+            figures[f"perplexity_{codebook}"] = float(np.exp(-(share * np.log(share + 1e-10)).sum()))
+            figures[f"codes_used_{codebook}"] = float((share > 0).mean())
+    if train_actions is not None and test_actions is not None and len(np.unique(train_actions)) > 1:
         train_z, _ = label(idm, quantizer, train_windows, device)
         figures["probe"], figures["majority"] = probe_accuracy(train_z, train_actions, test_z, test_actions)
     for module in (idm, quantizer, fdm):
@@ -327,14 +343,22 @@ def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device
             if z is None:
                 z, codes = np.zeros((len(obs), part_z.shape[1]), np.float16), np.zeros((len(obs), part_codes.shape[1]), np.uint8)
             z[part], codes[part] = part_z, part_codes
-        common.save_npz(common.beside(path, "latents", latents_dir), z=z, codes=codes, valid=valid)
+        dynamics = common.fingerprint(idm, quantizer)
+        common.save_npz(common.beside(path, "latents", latents_dir), z=z, codes=codes, valid=valid, dynamics=dynamics)
 
 
 def main(args):
-    common.check_game(args.game)
+    common.check_flags(args, zero=("commitment", "warmup_steps"), shares=("vq_decay",))
+    if not 2 <= args.embeddings <= 256:
+        common.fail(f"--embeddings {args.embeddings} must lie between 2 and 256: latents_NNN.npz holds a code in one byte")
+    if args.fdm_width < 2:
+        common.fail(f"--fdm-width {args.fdm_width} must be 2 or above: blocks halve it")
     device = common.pick_device(args.device)
     common.seed_everything(args.seed)
-    data, run = args.data_dir / args.game, args.runs_dir / args.game
+    data, run = args.data_dir / args.game, common.run_folder(args.runs_dir, args.game, args.vq)
+    run_state = common.RunState(run, "train_latent_dynamics", args)
+    if run_state.finished(run / "latent_dynamics.pt"):
+        return
 
     store = common.FrameStore(data / "train", args.game, args.context, args.pool_frames, args.seed)
     train, test = (
@@ -346,9 +370,11 @@ def main(args):
     z_dim = args.codebooks * args.latents_per_codebook * args.embedding_dim
     idm = IDM(store.frame_size, args.context, args.multiplier, z_dim).to(device, memory_format=torch.channels_last)
     fdm = FDM(store.frame_size, args.context, z_dim, args.fdm_width, args.predict_change).to(device, memory_format=torch.channels_last)
-    quantizer = EMAVectorQuantizer(
-        args.codebooks, args.latents_per_codebook, args.embeddings, args.embedding_dim, args.vq_decay
-    ).to(device)
+    quantizer = NoQuantizer()
+    if args.vq:
+        quantizer = EMAVectorQuantizer(
+            args.codebooks, args.latents_per_codebook, args.embeddings, args.embedding_dim, args.vq_decay
+        ).to(device)
     parameters = [*idm.parameters(), *fdm.parameters()]  # the codebooks learn by moving averages
     optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -361,7 +387,9 @@ def main(args):
     )
 
     log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step")
-    for grad_step in range(1, args.grad_steps + 1):
+    parts = dict(idm=idm, quantizer=quantizer, fdm=fdm, optimizer=optimizer, schedule=schedule, store=store, log=log)
+    run_state.load(parts)
+    for grad_step in range(run_state.step + 1, args.grad_steps + 1):
         windows = store.sample_windows(args.batch_size).to(device)
         loss, error, commitment_loss = dynamics_loss(idm, quantizer, fdm, windows, args.commitment)
         optimizer.zero_grad()
@@ -371,23 +399,32 @@ def main(args):
         schedule.step()
         log.bar.update()
         if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
-            log.write(
-                grad_step=grad_step, train_error=error.detach(), commitment=commitment_loss.detach(),
-                **report(idm, quantizer, fdm, train, test, device),
-            )  # fmt: skip
+            common.check_finite(grad_step, run / "latent_dynamics.pt", idm, quantizer, fdm)
+            figures = report(idm, quantizer, fdm, train, test, device)
+            log.write(grad_step=grad_step, train_error=error.detach(), commitment=commitment_loss.detach(), **figures)
+            for name, perplexity in figures.items():
+                if name.startswith("perplexity") and perplexity < 1.5:
+                    log.bar.write(
+                        f"warning: codebook {name[-1]} has collapsed to a perplexity of {perplexity:.2f} of {args.embeddings}; if that lasts, "
+                        "try a lower --vq-decay, --lr or --commitment"
+                    )
             common.save_checkpoint(
-                run / "latent_dynamics.pt", kind="latent_dynamics", game=args.game, grad_step=grad_step,
+                run / "latent_dynamics.pt", kind="latent_dynamics", game=args.game, grad_step=grad_step, vq=args.vq,
                 frame_size=store.frame_size, start_level=store.settings["start_level"], num_levels=store.settings["num_levels"],
                 context=args.context, multiplier=args.multiplier, fdm_width=args.fdm_width,
                 predict_change=args.predict_change, codebooks=args.codebooks,
                 latents_per_codebook=args.latents_per_codebook, embeddings=args.embeddings, embedding_dim=args.embedding_dim,
+                fingerprint=common.fingerprint(idm, quantizer),
                 idm=idm.state_dict(), quantizer=quantizer.state_dict(), fdm=fdm.state_dict(),
             )  # fmt: skip
+        if run_state.due(last=grad_step == args.grad_steps):  # the last too, because labelling takes long as well
+            run_state.save(grad_step, parts)
     log.bar.close()
 
     idm.eval(), quantizer.eval()
     for split in ("train", "test"):
         write_latents(idm, quantizer, data / split, run / split, args.game, args.context, device)
+    run_state.finish()
     print(f"latents and checkpoint: {run}\nnext: python train_latent_bc.py --game {args.game}")
 
 

@@ -1,12 +1,13 @@
 """Looking at latent actions: do they match the true ones, and what does each of them do? (paper, section 6.3 and A.2)
 
-Three answers, all on held-out episodes: a plot of the latents in two dimensions coloured by true action (the paper's
-Figure 5); figures that judge them without a plot; and a sheet of frames that the FDM pushes by the mean latent of each
-true action. True actions serve to report, never to learn a latent.
+Four answers, all on held-out episodes: a plot of the latents in two dimensions coloured by true action (the paper's
+Figure 5), and the same with example frames pinned to its clusters (the idea of Figure 1); figures that judge them without
+a plot; a sheet of frames that the FDM pushes by the mean latent of each true action; and a film of what the FDM dreams when
+it is told the same latent again and again. True actions serve to report, never to learn a latent.
 
 reads   runs/<game>/latent_dynamics.pt, runs/<game>/{train,test}/latents_NNN.npz,
         data/<game>/{train,test}/frames_NNN.npz and labels_NNN.npz
-writes  runs/<game>/latents.png, runs/<game>/latents.npz, runs/<game>/fdm.png
+writes  runs/<game>/latents.png, latents_frames.png, latents.npz, fdm.png, film.png, film.gif
 
 paper scale   python visualize_latents.py --game bigfish
 CPU sized     python visualize_latents.py --game coinrun --points 2048 --supervised-steps 300
@@ -28,6 +29,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage, TextArea, VPacker
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -53,6 +58,8 @@ class Args:
     """Frames and labels lie in <data-dir>/<game>."""
     runs_dir: Path = Path("runs")
     """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
+    vq: bool = True
+    """Quantise the latent actions; --no-vq is the paper's ablation (A.2), whose runs go to <runs-dir>/<game>_no_vq."""
 
     points: int = 4096
     """Held-out latents to plot and to judge, and as many training latents to fit the probes."""
@@ -60,50 +67,6 @@ class Args:
     """How latents come down to two dimensions (the paper: UMAP)."""
     supervised_steps: int = 3000
     """Updates of the supervised IDM, an upper bound for the probes; 0 leaves it out."""
-
-
-# --- actions -------------------------------------------------------------------------------------------------------
-
-ACTIONS = "left-down left left-up down none up right-down right right-up D A W S Q E".split()  # Procgen's 0 .. 14
-
-# Actions that do the same thing, written as the one that stands for its group and then the others; actions not named
-# differ from all others. Found by trial: from 900 to 3,100 states a game, met in sticky random play, all 15 actions were
-# tried from the same state (Procgen's get_state and set_state; the copies share their random numbers) and then five common
-# actions. Two actions are equivalent only if no frame, reward or episode end ever differed; Procgen's source agrees. The
-# rule is strict: coinrun's "down" is one of its own because it drops through crates, in 1% of those states.
-EQUIVALENT_ACTIONS = {
-    "bigfish": ["none D A W S Q E"],
-    "bossfight": ["none A W S Q E"],
-    "caveflyer": ["none A W S Q E"],
-    "chaser": ["none D A W S Q E"],
-    "climber": ["left left-down", "right right-down", "none down D A W S Q E"],
-    "coinrun": ["none D A W S Q E"],
-    "dodgeball": ["none A W S Q E"],
-    "fruitbot": ["left left-down left-up", "right right-down right-up", "none down up A W S Q E"],
-    "heist": ["none D A W S Q E"],
-    "jumper": ["left left-down", "right right-down", "none down D A W S Q E"],
-    "leaper": ["left left-down left-up", "right right-down right-up", "none D A W S Q E"],
-    "maze": ["left left-down left-up", "right right-down right-up", "none D A W S Q E"],
-    "miner": ["left left-down left-up", "right right-down right-up", "none D A W S Q E"],
-    "ninja": ["left left-down", "right right-down", "none down", "D Q E"],
-    "plunder": ["left left-down left-up", "right right-down right-up", "none down up A W S Q E"],
-    "starpilot": ["D W S Q E"],
-}
-
-# Around the colour circle by direction; none is grey, buttons are dark or earthy.
-COLORS = dict(zip(ACTIONS, (
-    "#3454d1 #17a2b8 #3aa655 #7b3fbf #a6a6a6 #c9a400 #e83fb8 #e0202c #f5821f "
-    "#000000 #8c5a2b #5c6b2f #c8a27a #5a2a2a #2f5d62"
-).split()))  # fmt: skip
-
-
-def distinct_actions(game):
-    """int [15]: for each action the one that stands for all those which do the same in this game."""
-    distinct = np.arange(common.NUM_ACTIONS)
-    for group in EQUIVALENT_ACTIONS[game]:
-        members = [ACTIONS.index(name) for name in group.split()]
-        distinct[members] = members[0]
-    return distinct
 
 
 # --- networks ------------------------------------------------------------------------------------------------------
@@ -191,11 +154,12 @@ class EMAVectorQuantizer(nn.Module):
         one_hot = F.one_hot(codes, self.embedding.shape[1]).to(x.dtype)  # (C, B * P, K)
         self.count.lerp_(one_hot.sum(1), 1 - self.decay)
         self.total.lerp_(one_hot.transpose(1, 2) @ x, 1 - self.decay)
-        # a code used a hundred times less than its fair share restarts on a random piece of this batch
-        dead = self.count < 0.01 * x.shape[1] / self.embedding.shape[1]  # (C, K)
+        # a code used ten times less than its fair share restarts on a random piece of this batch, as if it had that share
+        fair = x.shape[1] / self.embedding.shape[1]
+        dead = self.count < 0.1 * fair  # (C, K)
         pieces = x[:, torch.randint(x.shape[1], (self.embedding.shape[1],), device=x.device)]  # (C, K, E)
-        self.count.copy_(torch.where(dead, 1.0, self.count))
-        self.total.copy_(torch.where(dead[..., None], pieces, self.total))
+        self.count.copy_(torch.where(dead, fair, self.count))
+        self.total.copy_(torch.where(dead[..., None], fair * pieces, self.total))
         self.embedding.copy_(self.total / self.count[..., None])
 
     def lookup(self, codes):
@@ -204,6 +168,14 @@ class EMAVectorQuantizer(nn.Module):
         codes = codes.long().view(-1, c, p).transpose(0, 1).reshape(c, -1)  # (C, B * P)
         z_q = self.embedding.gather(1, codes[..., None].expand(-1, -1, e))  # (C, B * P, E)
         return z_q.view(c, -1, p, e).permute(1, 0, 3, 2).flatten(1)
+
+
+class NoQuantizer(nn.Module):
+    """In the quantiser's place without vector quantisation (A.2): z goes to the FDM as it is, and has no codes."""
+
+    def forward(self, z):
+        """z (B, Z) -> z, commitment loss (), codes int64 (B, 0)"""
+        return z, z.new_zeros(()), torch.zeros(len(z), 0, dtype=torch.long, device=z.device)
 
 
 def conv_beside_constant_planes(conv, x, z):
@@ -297,7 +269,7 @@ def in_batches(model, windows, device, batch_size=512):
 def accuracies(probabilities, actions, distinct):
     """Share of the true `actions` [N] that is likeliest, and the same where equivalent actions count as one.
 
-    probabilities [N, 15]; those of equivalent actions add up. distinct: see distinct_actions().
+    probabilities [N, 15]; those of equivalent actions add up. distinct: see common.distinct_actions().
     """
     merged = probabilities @ np.eye(common.NUM_ACTIONS)[distinct]
     return float((probabilities.argmax(1) == actions).mean()), float((merged.argmax(1) == distinct[actions]).mean())
@@ -388,29 +360,131 @@ def project(z, method, seed):
     return PCA(2, random_state=seed).fit_transform(z)
 
 
+def medoids(z_q, num_clusters, seed):
+    """k-means of z_q [N, Z]: of each cluster the row nearest to its mean, int [M], and each row's cluster, int [N].
+
+    Largest cluster first. Where few combinations of codes carry most latents, these are the clusters; where hardly one occurs
+    twice (8 codes of 64 combine in many ways), or without quantisation, similar ones go together. A real row, because the
+    FDM was never told a mean. M is less than num_clusters where z_q has fewer distinct rows.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
+        fitted = KMeans(num_clusters, n_init=4, random_state=seed).fit(z_q)
+    names, cluster, counts = np.unique(fitted.labels_, return_inverse=True, return_counts=True)
+    rank = np.argsort(np.argsort(-counts, kind="stable"))
+    distance = fitted.transform(z_q)[:, names[np.argsort(rank)]]  # [N, M]
+    cluster = rank[cluster]
+    distance[cluster[:, None] != np.arange(len(names))] = np.inf
+    return distance.argmin(0), cluster
+
+
+@torch.no_grad()
+def roll_forward(fdm, past, z_q, steps):
+    """The FDM fed with its own predictions and, at each step, with the same latent action.
+
+    past uint8 (B, k + 1, S, S, 3), z_q (B, Z) -> uint8 (B, 1 + steps, S, S, 3): o_t, then the predictions. Each is rounded to
+    whole pixel values before it is fed back: the FDM has only ever seen such frames.
+    """
+    frames = [past[:, -1]]
+    for _ in range(steps):
+        predicted = fdm(past, z_q).clamp(-0.5, 0.5).permute(0, 2, 3, 1)  # (B, S, S, 3)
+        frames.append(((predicted + 0.5) * 255).round().to(torch.uint8))
+        past = torch.cat([past[:, 1:], frames[-1][:, None]], 1)
+    return torch.stack(frames, 1)
+
+
 def save_figure(figure, path):
     with common.atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
     plt.close(figure)
 
 
+def scatter_latents(axes, xy, actions, size):
+    """Dots of `size` square points at xy [N, 2], coloured by action [N]."""
+    order = np.random.default_rng(0).permutation(len(xy))  # so that no action lies on top of the others
+    axes.scatter(*xy[order].T, c=np.array(common.ACTION_COLORS)[actions[order]], s=size, alpha=0.75, linewidths=0)
+    axes.set_xticks([]), axes.set_yticks([])
+
+
 def plot_latents(path, xy, actions, distinct, title, note):
     """Scatter of xy [N, 2] coloured by true action [N]; equivalent actions share a colour and a line of the legend."""
     figure, axes = plt.subplots(figsize=(11.5, 8), layout="constrained")
-    colors = np.array([COLORS[ACTIONS[a]] for a in distinct[actions]])
-    order = np.random.default_rng(0).permutation(len(xy))  # so that no action lies on top of the others
-    axes.scatter(*xy[order].T, c=colors[order], s=float(np.clip(70_000 / len(xy), 6, 40)), alpha=0.75, linewidths=0)
+    scatter_latents(axes, xy, distinct[actions], float(np.clip(70_000 / len(xy), 6, 40)))
     counts = np.bincount(distinct[actions], minlength=common.NUM_ACTIONS)
     for a in np.argsort(-counts, kind="stable")[: (counts > 0).sum()]:
-        others = [ACTIONS[b] for b in np.unique(actions) if distinct[b] == a and b != a]
-        name = ACTIONS[a] + (f"\n(also {', '.join(others)})" if others else "")
+        others = [common.ACTIONS[b] for b in np.unique(actions) if distinct[b] == a and b != a]
+        name = common.ACTIONS[a] + (f"\n(also {', '.join(others)})" if others else "")
         share = f"{counts[a] / len(actions):.0%}" if counts[a] >= 0.01 * len(actions) else "<1%"
-        axes.scatter([], [], color=COLORS[ACTIONS[a]], s=80, label=f"{share}  {name}")
+        axes.scatter([], [], color=common.ACTION_COLORS[a], s=80, label=f"{share}  {name}")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=13, title="true action", title_fontsize=14)
     axes.set_title(title, fontsize=17)
     axes.set_xlabel(note, fontsize=12.5)
-    axes.set_xticks([]), axes.set_yticks([])
     save_figure(figure, path)
+
+
+def plot_pinned_frames(path, xy, actions, windows, rows, title):
+    """The scatter of xy [N, 2] by action [N], with o_t and o_{t+1} of at most 12 `rows` pinned to it.
+
+    windows uint8 [N, k + 2, S, S, 3]. Pins are numbered in the order of `rows` and named by their own true action.
+    """
+    figure = plt.figure(figsize=(15, 12))
+    axes = figure.add_axes((0.2, 0.18, 0.6, 0.58))
+    scatter_latents(axes, xy, actions, float(np.clip(70_000 / len(xy), 6, 40)))
+    along, side = np.linspace(-0.18, 1.18, 4), (0.28, 0.72)
+    slots = np.array([(x, y) for y in (-0.16, 1.16) for x in along] + [(x, y) for x in (-0.18, 1.18) for y in side])
+    at = (xy[rows] - xy.min(0)) / np.ptp(xy, axis=0)
+    pins, chosen = linear_sum_assignment(np.linalg.norm(at[:, None] - slots, axis=-1))  # of least total length: no two lines cross
+    for pin, slot in zip(pins, slots[chosen]):
+        row, color = rows[pin], common.ACTION_COLORS[actions[rows[pin]]]
+        pair = np.concatenate([windows[row, -2], np.full_like(windows[row, -1, :, :1], 255), windows[row, -1]], 1)
+        picture = OffsetImage(pair, zoom=84 / len(pair), interpolation="nearest")
+        text = TextArea(f"{pin + 1}: {common.ACTIONS[actions[row]]}", textprops=dict(size=14))
+        axes.add_artist(AnnotationBbox(
+            VPacker(children=[text, picture], align="center", pad=0, sep=4), xy[row], slot, boxcoords="axes fraction",
+            arrowprops=dict(arrowstyle="-", color="#444444", linewidth=1), bboxprops=dict(edgecolor=color, linewidth=3),
+        ))  # fmt: skip
+        axes.plot(*xy[row], "o", markersize=9, markerfacecolor=color, markeredgecolor="black", markeredgewidth=1.5)
+    figure.suptitle(title, fontsize=16)
+    save_figure(figure, path)
+
+
+def plot_film(path, frames, names, title):
+    """One row of frames a latent action: frames uint8 [M, T, S, S, 3], names [M]."""
+    m, t, side = frames.shape[:3]
+    gap = max(1, side // 16)
+    cell = side + gap
+    sheet = np.pad(frames, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    figure, axes = plt.subplots(figsize=(t + 2.4, m + 1.3), layout="constrained")
+    axes.imshow(sheet.transpose(0, 2, 1, 3, 4).reshape(m * cell, t * cell, 3), interpolation="nearest")
+    axes.set_xticks(np.arange(t) * cell + side / 2, ["$o_t$", *(f"+{step}" for step in range(1, t))], fontsize=15)
+    axes.set_yticks(np.arange(m) * cell + side / 2, names, fontsize=13)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    figure.suptitle(title, fontsize=16)
+    save_figure(figure, path)
+
+
+def save_film_gif(path, frames, names, title, columns=4, frames_per_second=5):
+    """The same film moving, again and again: frames uint8 [M, T, S, S, 3], names [M]."""
+    rows, last = -(-len(frames) // columns), frames.shape[1] - 1
+    size = (2.3 * columns, 2.75 * rows + 0.9)  # inches
+    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=80, layout="constrained", squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    images = [ax.imshow(film[0], interpolation="nearest") for ax, film in zip(axes.flat, frames)]
+    for ax, name in zip(axes.flat, names):
+        ax.set_title(name, fontsize=13)
+    pictures = []
+    for step in range(last + 1):
+        figure.suptitle(f"{title}\nstep {step} of {last}", fontsize=14)
+        for image, film in zip(images, frames):
+            image.set_data(film[step])
+        figure.canvas.draw()
+        pictures.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB"))
+    plt.close(figure)
+    with common.atomic_write(path) as temporary:
+        duration = 1000 // frames_per_second  # ms
+        pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
 
 
 @torch.no_grad()
@@ -432,7 +506,7 @@ def plot_fdm(path, fdm, windows, z_q, mean_z_q, actions, device, game, num_windo
     # what the FDM gets wrong is the same whatever it is told, so pushed frames are compared with each other
     changes = torch.cat([2 * (frames[:3] - now), 4 * (pushed - pushed.mean(0))])
     titles = ["now: $o_t$", "truly next: $o_{t+1}$", "FDM, given\nits own latent"]
-    titles += [f"pushed by the\nmean “{ACTIONS[a]}”" for a in shown]
+    titles += [f"pushed by the\nmean “{common.ACTIONS[a]}”" for a in shown]
 
     size = (1.75 * len(titles) + 2, 3.5 * len(rows) + 1.9)  # inches
     figure, axes = plt.subplots(2 * len(rows), len(titles), figsize=size, layout="constrained")
@@ -445,7 +519,7 @@ def plot_fdm(path, fdm, windows, z_q, mean_z_q, actions, device, game, num_windo
             taken = column - 3 == row // 2  # the action that was really taken
             ax.spines[:].set(color="#e0202c" if taken else "#bbbbbb", linewidth=4 if taken else 0.8)
     for row, a in enumerate(shown[:num_windows]):
-        axes[2 * row, 0].set_ylabel(f"true action:\n{ACTIONS[a]}", fontsize=13)
+        axes[2 * row, 0].set_ylabel(f"true action:\n{common.ACTIONS[a]}", fontsize=13)
         axes[2 * row + 1, 0].set_ylabel("change\nsince $o_t$ (×2)", fontsize=11)
         axes[2 * row + 1, 3].set_ylabel(f"against the mean\nof these {len(shown)} (×4)", fontsize=11)
     figure.suptitle(
@@ -483,20 +557,21 @@ def print_summary(run, game, figures, errors):
 
 
 def main(args):
-    common.check_game(args.game)
+    common.check_flags(args, zero=("supervised_steps",))
     device = common.pick_device(args.device)
     common.seed_everything(args.seed)
-    data, run = args.data_dir / args.game, args.runs_dir / args.game
+    data, run = args.data_dir / args.game, common.run_folder(args.runs_dir, args.game, args.vq)
     retrain = f"python train_latent_dynamics.py --game {args.game}"
 
     saved = common.load_checkpoint(run / "latent_dynamics.pt", "latent_dynamics", args.game, retrain)
     context, z_dim = saved["context"], saved["codebooks"] * saved["latents_per_codebook"] * saved["embedding_dim"]
-    quantizer = EMAVectorQuantizer(
-        saved["codebooks"], saved["latents_per_codebook"], saved["embeddings"], saved["embedding_dim"], decay=1.0
-    )
-    quantizer.load_state_dict(saved["quantizer"])
+    quantizer = NoQuantizer()
+    if saved["vq"]:
+        sizes = [saved[name] for name in ("codebooks", "latents_per_codebook", "embeddings", "embedding_dim")]
+        quantizer = EMAVectorQuantizer(*sizes, decay=1.0)
+    saved.fill(quantizer, "quantizer")
     fdm = FDM(saved["frame_size"], context, z_dim, saved["fdm_width"], saved["predict_change"])
-    fdm.load_state_dict(saved["fdm"])
+    saved.fill(fdm, "fdm")
     fdm, quantizer = fdm.to(device, memory_format=torch.channels_last).eval(), quantizer.eval()
 
     z, codes, actions, windows = {}, {}, {}, {}
@@ -506,14 +581,14 @@ def main(args):
             common.fail(f"{run / 'latent_dynamics.pt'} was trained on another size of frames; make it anew with: {retrain}")
         parts = []
         for path, rows in where.items():
-            shard_z, shard_codes, valid = common.read_latents(path, run / split, args.game)
+            shard_z, shard_codes, valid = common.read_latents(path, run / split, args.game, saved["fingerprint"])
             action = common.read_labels(path, args.game)["action"]
             if len(valid) != len(action) or not valid[rows].all():
                 common.fail(f"{run / split} was made from other frames than lie in {data / split}; make it anew with: {retrain}")
             parts.append((shard_z[rows].astype(np.float32), shard_codes[rows], action[rows].astype(int)))
         z[split], codes[split], actions[split] = map(np.concatenate, zip(*parts))
 
-    distinct = distinct_actions(args.game)
+    distinct = common.distinct_actions(args.game)
     if min(len(z["train"]), len(z["test"])) < 50 or min(len(np.unique(distinct[a])) for a in actions.values()) < 2:
         common.fail(f"{data} has too few windows or only one action; record more with: python collect_data.py --game {args.game}")
     print(f"{len(z['test']):,} held-out latents of {args.game} after {saved['grad_step']:,} updates of stage 1, on {device}")
@@ -538,7 +613,8 @@ def main(args):
     (purity, chance), (merged_purity, merged_chance) = knn_purity(z["test"], actions["test"]), knn_purity(z["test"], merged)
     figures |= dict(knn_purity=(purity, merged_purity), knn_chance=(chance, merged_chance))
     figures["silhouette"] = tuple(float(silhouette_score(z["test"], labels)) for labels in (actions["test"], merged))
-    perplexity, used = codebook_use(codes["test"], saved["codebooks"], saved["embeddings"])
+    if saved["vq"]:
+        figures["perplexity"], figures["codes_used"] = codebook_use(codes["test"], saved["codebooks"], saved["embeddings"])
 
     # The mean latent of an action is the mean of z put through the quantiser, and not the mean of quantised latents: the
     # FDM was only ever told embeddings, and a mean of them lies between codes, where it was never trained. (Tried on CoinRun,
@@ -548,7 +624,7 @@ def main(args):
     for a in np.unique(train_merged):
         means[a] = z["train"][train_merged == a].mean(0)
     mean_z_q = quantizer(torch.from_numpy(means))[0]
-    z_q = quantizer.lookup(torch.from_numpy(codes["test"]))  # (N, Z)
+    z_q = quantizer(torch.from_numpy(z["test"]))[0]  # (N, Z)
     errors = fdm_errors(fdm, windows["test"], z_q, mean_z_q[merged], device, args.seed)
 
     names = dict(
@@ -562,8 +638,8 @@ def main(args):
     print(f"\n{'FDM, mean squared error by what it is told':44}{'error':>10}{'of copy':>10}")
     for name, error in errors.items():
         print(f"{name.replace('_', ' '):44}{error:10.5f}{error / errors['copy']:10.2f}")
-    for book in range(saved["codebooks"]):
-        print(f"codebook {book}: {used[book]:.0%} of {saved['embeddings']} embeddings in use, perplexity {perplexity[book]:.1f}")
+    for book, (perplexity, used) in enumerate(zip(figures.get("perplexity", ()), figures.get("codes_used", ()))):
+        print(f"codebook {book}: {used:.0%} of {saved['embeddings']} embeddings in use, perplexity {perplexity:.1f}")
 
     xy = project(z["test"], args.projection, args.seed)
     plot_latents(
@@ -573,14 +649,34 @@ def main(args):
         f"{figures['linear'][1]:.2f} ({figures['majority'][1]:.2f})",
     )  # fmt: skip
     plot_fdm(run / "fdm.png", fdm, windows["test"], z_q, mean_z_q, merged, device, args.game)
-    figures |= {f"fdm_error_{name}": error for name, error in errors.items()} | dict(perplexity=perplexity, codes_used=used)
-    settings = dict(game=args.game, projection=args.projection, grad_step=saved["grad_step"], seed=args.seed)
+
+    rows, cluster = medoids(z_q.numpy(), 12, args.seed)
+    plot_pinned_frames(
+        run / "latents_frames.png", xy, merged, windows["test"], rows,
+        f"{args.game}: {len(xy):,} held-out latent actions. Pinned: $o_t$ and $o_{{t+1}}$ of the one in the middle of\n"
+        f"each of {len(rows)} clusters of what the FDM is told (k-means, largest first), with its true action.",
+    )  # fmt: skip
+    past = torch.from_numpy(windows["test"][rows[0], :-1]).to(device)  # the middle of the largest cluster: a common situation
+    film = roll_forward(fdm, past.expand(len(rows), *past.shape), z_q[rows].to(device), steps=15).cpu().numpy()
+    names = []
+    for i in range(len(rows)):
+        share = np.bincount(merged[cluster == i]) / (cluster == i).sum()
+        names.append(f"{i + 1}: {(cluster == i).mean():.0%} of latents\n({share.max():.0%} {common.ACTIONS[share.argmax()]})")
+    plot_film(
+        run / "film.png", film, names,
+        f"{args.game}: the FDM rolled forward from the same frame; in each row it is told one latent action all along, the one in the\n"
+        "middle of a cluster (k-means). Beside it: the cluster's share of all held-out latents, and its commonest true action.",
+    )  # fmt: skip
+    save_film_gif(run / "film.gif", film, names, f"{args.game}: the FDM rolled forward, a panel for each latent action")
+    figures |= {f"fdm_error_{name}": error for name, error in errors.items()}
+    settings = {name: saved[name] for name in ("game", "vq", "frame_size", "start_level", "num_levels", "grad_step")}
+    settings |= dict(projection=args.projection, seed=args.seed, supervised_steps=args.supervised_steps)
     common.save_npz(
         run / "latents.npz", xy=xy.astype(np.float32), action=actions["test"].astype(np.uint8),
-        distinct_action=merged.astype(np.uint8), **figures, settings=json.dumps(settings | dict(supervised_steps=args.supervised_steps)),
+        distinct_action=merged.astype(np.uint8), **figures, settings=json.dumps(settings),
     )  # fmt: skip
     print_summary(run, args.game, figures, errors)
-    print(f"plots and figures: {run / 'latents.png'}, {run / 'fdm.png'}, {run / 'latents.npz'}")
+    print(f"in {run}: latents.png, latents_frames.png, fdm.png, film.png and film.gif; figures in latents.npz")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Shared by all tests: the paths, tiny data in the project's file formats, and the toy video."""
 
-import json
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +16,15 @@ import common  # noqa: E402
 torch.set_num_threads(1)  # networks this small lose more by sharing work between threads than they win
 
 MOVES = np.array([(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0)])  # (y, x) of the toy's actions: stay, left, right, up, down
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    """A run that ends in an error ends its process, and its signal handlers with it; here the next test would inherit them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def toy_video(episodes, length, seed, frame_size=64, grid=8):

@@ -194,6 +194,10 @@ def recorded(tmp_path_factory):
     return args
 
 
+def record(args, policy, split, num_frames):
+    collect.record(args, "cpu", policy, split, num_frames, 1.0, common.RunState(args.runs_dir / args.game, "collect_data", args))
+
+
 def read_split(args, split):
     """All shards as [num_envs, T, ...] in the order of time, and the length of each shard's streams."""
     parts = []
@@ -286,7 +290,7 @@ def test_the_same_seed_writes_the_same_bytes(recorded, tmp_path):
 def test_another_seed_records_other_frames(recorded, tmp_path):
     args = small_args(tmp_path, seed=2, experts_dir=recorded.experts_dir)
     policy, _ = collect.load_expert(args, "cpu", args.experts_dir / "bigfish.pt")
-    collect.record(args, "cpu", policy, "test", 160, 1.0)
+    record(args, policy, "test", 160)
     mine = common.read_frames(args.data_dir / "bigfish/test/frames_000.npz", "bigfish")
     other = common.read_frames(recorded.data_dir / "bigfish/test/frames_000.npz", "bigfish")
     assert mine[2]["seed"] == 2 and (mine[0] != other[0]).any((1, 2, 3)).mean() > 0.5
@@ -305,10 +309,10 @@ def test_too_little_disk_is_refused_before_anything_is_touched(recorded, tmp_pat
     needed = sum(len(content) for name, content in before.items() if "train/frames" in name)
     set_free_space(monkeypatch, needed // 2)
     with pytest.raises(SystemExit, match=r"\Aerror: .*bigfish/train has no room .* lower --train-frames or set --data-dir\Z"):
-        collect.record(args, "cpu", policy, "train", 1024, 1.0)
+        record(args, policy, "train", 1024)
     assert files(args) == before
     set_free_space(monkeypatch, needed * 2)  # the estimate is not far off either
-    collect.record(args, "cpu", policy, "train", 1024, 1.0)
+    record(args, policy, "train", 1024)
     assert {name: content for name, content in files(args).items() if "frames" in name} == {
         name: content for name, content in before.items() if "frames" in name
     }
@@ -318,7 +322,7 @@ def test_a_shorter_recording_leaves_no_shard_of_a_longer_one(recorded, tmp_path)
     args = small_args(tmp_path)
     policy, _ = collect.load_expert(args, "cpu", recorded.experts_dir / "bigfish.pt")
     shutil.copytree(recorded.data_dir, args.data_dir)
-    collect.record(args, "cpu", policy, "train", 160, 1.0)
+    record(args, policy, "train", 160)
     names = sorted(path.name for path in (args.data_dir / "bigfish/train").iterdir())
     assert names == ["frames_000.npz", "frames_001.npz", "labels_000.npz", "labels_001.npz"]
     assert len(list((args.data_dir / "bigfish/test").iterdir())) == 4  # the other split stays

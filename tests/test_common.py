@@ -273,7 +273,7 @@ def test_missing_labels_and_latents_name_their_command(tmp_path):
     path = write_frames(tmp_path)
     text = message(common.read_labels, path, "maze")
     assert "labels_000.npz is missing" in text and MAKE in text
-    text = message(common.read_latents, path, tmp_path / "runs", "maze")
+    text = message(common.read_latents, path, tmp_path / "runs", "maze", "abc")
     assert "latents_000.npz is missing" in text and "python train_latent_dynamics.py --game maze" in text
     text = message(common.list_shards, tmp_path / "nowhere", "frames", MAKE)
     assert "nowhere holds no frames_NNN.npz" in text and MAKE in text
@@ -428,14 +428,14 @@ def test_shards_too_short_for_a_window_are_passed_over(tmp_path):
 
 def write_latents(folder, rows, shard, valid):
     z = np.stack([np.full(rows, shard), np.arange(rows)], 1).astype(np.float16)
-    common.save_npz(folder / f"latents_{shard:03d}.npz", z=z, codes=np.zeros((rows, 8), np.uint8), valid=valid)
+    common.save_npz(folder / f"latents_{shard:03d}.npz", z=z, codes=np.zeros((rows, 8), np.uint8), valid=valid, dynamics="abc")
 
 
 def test_frames_are_paired_with_their_own_latents(tmp_path):
     for shard in range(4):
         write_frames(tmp_path / "frames", rows=30, name=f"frames_{shard:03d}.npz", shard=shard)
         write_latents(tmp_path / "latents", 30, shard, common.valid_windows(np.arange(30) % 10 == 0, 2))
-    store = common.FrameStore(tmp_path / "frames", "maze", 2, 60, seed=1, latents_dir=tmp_path / "latents")
+    store = common.FrameStore(tmp_path / "frames", "maze", 2, 60, seed=1, latents_dir=tmp_path / "latents", dynamics="abc")
     seen = set()
     for _ in range(200):
         obs, z = store.sample_latents(16)
@@ -445,10 +445,13 @@ def test_frames_are_paired_with_their_own_latents(tmp_path):
     assert seen == {(shard, row) for shard in range(4) for row in range(30) if 2 <= row % 10 < 9}
 
     write_latents(tmp_path / "latents", 29, 3, np.ones(29, bool))
-    text = message(common.FrameStore, tmp_path / "frames", "maze", 2, 1000, 1, latents_dir=tmp_path / "latents")
+    text = message(common.FrameStore, tmp_path / "frames", "maze", 2, 1000, 1, tmp_path / "latents", "abc")
     assert "other frames" in text and "train_latent_dynamics.py --game maze" in text
     write_latents(tmp_path / "latents", 30, 3, np.ones(31, bool))
-    assert "not of one length" in message(common.read_latents, tmp_path / "frames/frames_003.npz", tmp_path / "latents", "maze")
+    assert "not of one length" in message(common.read_latents, tmp_path / "frames/frames_003.npz", tmp_path / "latents", "maze", "abc")
+    write_latents(tmp_path / "latents", 30, 3, common.valid_windows(np.arange(30) % 10 == 0, 2))
+    text = message(common.read_latents, tmp_path / "frames/frames_003.npz", tmp_path / "latents", "maze", "def")
+    assert "latents_003.npz" in text and "another run of stage 1" in text and "train_latent_dynamics.py --game maze" in text
 
 
 def test_rows_are_drawn_without_replacement_from_valid_ones():

@@ -14,7 +14,9 @@ OWN = {
 }
 # Flags whose default may differ between scripts, and why.
 OWN_DEFAULTS = {
+    "context": "stage 1 has two models that see k frames before o_t, ILPO has one",
     "grad_steps": "the paper's A.4 gives each stage its own",
+    "lr": "ILPO's stays as it is (Edwards et al.), that of stages 1 and 2 rises and falls",
     "max_grad_norm": "PPO clips at 0.5 (Cobbe et al.), stage 1 at 2 (official code)",
     "warmup_steps": "the official code warms up each stage in its own way",
 }

@@ -97,12 +97,13 @@ def test_labelled_rows_are_valid_matched_and_nested(tmp_path):
         valid = rng.random(100) < 0.7
         z[~valid] = 99
         common.save_npz(tmp_path / f"labels_{shard:03d}.npz", action=action, reward=np.zeros(100, np.float32), expert_return=1.0)
-        common.save_npz(tmp_path / f"latents_{shard:03d}.npz", z=z, codes=np.zeros((100, 2), np.uint8), valid=valid)
-    z, actions = offline.load_labelled(tmp_path, tmp_path, "maze", 80, seed=0)
+        common.save_npz(tmp_path / f"latents_{shard:03d}.npz", z=z, codes=np.zeros((100, 2), np.uint8), valid=valid, dynamics="abc")
+    z, actions, places = offline.load_labelled(tmp_path, tmp_path, "maze", "abc", 80, seed=0)
     assert z.shape == (80, 4) and (z[:, 0] == actions).all() and z.max() < 99
-    fewer, _ = offline.load_labelled(tmp_path, tmp_path, "maze", 20, seed=0)
+    assert places.shape == (80, 2) and len(np.unique(places, axis=0)) == 80 and set(places[:, 0]) == {0, 1}
+    fewer, _, _ = offline.load_labelled(tmp_path, tmp_path, "maze", "abc", 20, seed=0)
     assert np.array_equal(fewer, z[:20])
-    other, _ = offline.load_labelled(tmp_path, tmp_path, "maze", 80, seed=1)
+    other, _, _ = offline.load_labelled(tmp_path, tmp_path, "maze", "abc", 80, seed=1)
     assert not np.array_equal(other, z)
 
 
@@ -133,7 +134,7 @@ def test_stage_2_hands_on_what_stage_3_needs(chained):
     assert rows[0].split(",") == ["grad_step", "train_error", "test_error", "variance_explained"] and len(rows) == 3
 
 
-def test_the_offline_sweep_writes_its_results(chained):
+def test_the_offline_sweep_writes_its_results(chained, monkeypatch):
     root, folders = chained
     sweep = dict(labels=(4, 16), decoder_seeds=2, decoder_steps=3, episodes=2, envs_per_decoder=2)
     offline.main(offline.Args(**folders, **sweep))
@@ -142,11 +143,53 @@ def test_the_offline_sweep_writes_its_results(chained):
     result = common.load_npz(path, keys, "")
     assert result["labels"].tolist() == [4, 16] and result["returns"].shape == result["accuracy"].shape == (2, 2)
     assert set(np.unique(result["returns"] * 2)) <= {0, 10, 20}  # an episode of coinrun ends with 0 or 10; each decoder played 2
-    assert json.loads(str(result["settings"]))["labels"] == [4, 16]
+    settings = json.loads(str(result["settings"]))
+    assert settings["labels"] == [4, 16] and (settings["frame_size"], settings["num_levels"]) == (16, 2)
     assert (root / "runs/coinrun/decode_offline.png").read_bytes().startswith(b"\x89PNG")
 
+    monkeypatch.setattr(common, "random_return", lambda *_: 2.7)  # 256 episodes long; once is enough
     offline.main(offline.Args(**folders, **sweep))  # the same seed plays the same episodes
     assert np.array_equal(common.load_npz(path, ("returns",), "")["returns"], result["returns"])
+
+
+def test_all_methods_run_side_by_side_and_do_not_change_each_other(chained, monkeypatch):
+    monkeypatch.setattr(common, "random_return", lambda *_: 2.7)
+    root, folders = chained
+    path = root / "runs/coinrun/decode_offline.npz"
+    small = dict(labels=(4,), decoder_seeds=2, decoder_steps=3, episodes=1, envs_per_decoder=1)
+    small |= dict(labelled_steps=3, clone_steps=2, clone_batch_size=8)
+
+    def sweep(*methods):
+        offline.main(offline.Args(**folders, **small, methods=methods))
+        return dict(np.load(path, allow_pickle=False))
+
+    both = sweep("lapo_plus", "vpt", "bc", "lapo")
+    suffixes = ("", "_bc", "_vpt", "_lapo_plus")
+    results = {f"{name}{suffix}" for name in ("returns", "accuracy", "policy_accuracy") for suffix in suffixes} - {"accuracy_bc"}
+    assert set(both) == results | {"labels", "random_return", "expert_return", "settings"}
+    assert all(both[name].shape == (1, 2) for name in results)
+    assert all(0 <= both[name].min() and both[name].max() <= 1 for name in results if "accuracy" in name)
+    assert np.array_equal(both["accuracy"], both["accuracy_lapo_plus"])  # one decoder, used in two ways
+    for methods in (("lapo",), ("vpt",)):
+        alone = sweep(*methods)
+        assert all(np.array_equal(alone[name], both[name]) for name in results & set(alone))
+        assert (root / "runs/coinrun/decode_offline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_method_runs_with_a_longer_context_and_without_quantisation(chained, monkeypatch):
+    monkeypatch.setattr(common, "random_return", lambda *_: 2.7)
+    root, folders = chained
+    small = dict(multiplier=0.25, batch_size=16, eval_windows=64, vq=False)
+    dynamics.main(dynamics.Args(**folders, **small, fdm_width=4, grad_steps=2, embeddings=8, embedding_dim=4, context=2))
+    bc.main(bc.Args(**folders, **small, grad_steps=2))
+    offline.main(
+        offline.Args(
+            **folders, vq=False, methods=("bc", "vpt", "lapo_plus"), labels=(4,), decoder_seeds=1, decoder_steps=2,
+            labelled_steps=2, clone_steps=2, clone_batch_size=8, episodes=1, envs_per_decoder=1,
+        )
+    )  # fmt: skip
+    result = np.load(root / "runs/coinrun_no_vq/decode_offline.npz")
+    assert "returns" not in result.files and result["returns_vpt"].shape == result["returns_lapo_plus"].shape == (1, 1)
 
 
 def test_too_many_labels_and_missing_files_are_one_line(chained, tmp_path):

@@ -26,9 +26,9 @@ def write_checkpoints(tmp_path, game="coinrun", context=1, frame_size=FRAME_SIZE
     run = tmp_path / "runs" / game
     sizes = dict(game=game, grad_step=1, frame_size=frame_size, start_level=0, num_levels=0, context=context, multiplier=MULTIPLIER)
     policy = online.LatentPolicy(frame_size, MULTIPLIER, Z_DIM)
-    common.save_checkpoint(run / "latent_policy.pt", kind="latent_policy", **sizes, z_dim=Z_DIM, model=policy.state_dict())
+    common.save_checkpoint(run / "latent_policy.pt", kind="latent_policy", **sizes, z_dim=Z_DIM, dynamics="abc", model=policy.state_dict())
     idm = online.IDM(frame_size, context, MULTIPLIER, Z_DIM)
-    common.save_checkpoint(run / "latent_dynamics.pt", kind="latent_dynamics", **sizes, idm=idm.state_dict())
+    common.save_checkpoint(run / "latent_dynamics.pt", kind="latent_dynamics", **sizes, fingerprint="abc", idm=idm.state_dict())
     return dict(game=game, runs_dir=tmp_path / "runs", data_dir=tmp_path / "data")
 
 

@@ -9,6 +9,12 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+def spellings(source):
+    """The flags of a script as they are typed; those that are on or off have a --no- form too."""
+    typed = {flag.replace("_", "-"): kind for flag, (kind, _, _) in flags(source).items()}
+    return {"--" + flag for flag in typed} | {"--no-" + flag for flag, kind in typed.items() if kind == "bool"}
+
+
 def test_every_file_named_exists():
     named = set(re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|txt|csv|png|npz|pt))`", README)) | set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))
     here = {name for name in named if name.endswith((".py", ".md", ".txt")) or name.startswith(("results/", "experts/", "tests/"))}
@@ -17,7 +23,7 @@ def test_every_file_named_exists():
 
 
 def test_every_flag_named_exists():
-    known = {"--" + flag.replace("_", "-") for source in SCRIPTS.values() for flag in flags(source)} | {"--help"}
+    known = {flag for source in SCRIPTS.values() for flag in spellings(source)} | {"--help"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert len(named) >= 5 and named <= known, named - known
 
@@ -27,8 +33,7 @@ def test_commands_use_flags_that_their_script_has():
         commands = re.findall(r"(?:python|\$\(PY\)) (\w+\.py)([^\n#`|]*)", text)
         assert commands
         for script, rest in commands:
-            known = {"--" + flag.replace("_", "-") for flag in flags(SCRIPTS[script])}
-            assert set(re.findall(r"--[a-z-]+", rest)) <= known, (script, rest)
+            assert set(re.findall(r"--[a-z-]+", rest)) <= spellings(SCRIPTS[script]), (script, rest)
 
 
 def test_nothing_was_left_to_fill_in():

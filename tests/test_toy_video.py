@@ -36,7 +36,7 @@ def last_figures(root, run, **flags):
             fdm_width=4, batch_size=32, vq_decay=0.99, commitment=0.005, predict_change=True, **flags,
         )
     )  # fmt: skip
-    with open(root / run / "maze/train_latent_dynamics.csv") as file:
+    with open(common.run_folder(root / run, "maze", flags.get("vq", True)) / "train_latent_dynamics.csv") as file:
         return {name: float(value) for name, value in list(csv.DictReader(file))[-1].items()}
 
 
@@ -44,6 +44,17 @@ def test_stage_1_finds_the_hidden_actions(video):
     trained = last_figures(video, "trained", grad_steps=600, lr=1e-3)
     assert trained["probe"] >= 0.95
     assert trained["test_error"] < 0.7 * trained["copy_error"]
+
+
+def test_without_quantisation_the_fdm_errs_less(video):
+    """The paper's A.2: what the bottleneck does not hold back helps to predict, whether or not it is the action.
+
+    One bit is held to here: eight latents of 64 embeddings hold back nothing of what so few updates can learn on this video.
+    """
+    sizes = dict(grad_steps=600, lr=1e-3, codebooks=1, latents_per_codebook=1)
+    one_bit = last_figures(video, "one_bit", **sizes, embeddings=2, embedding_dim=128)
+    free = last_figures(video, "one_bit", **sizes, embedding_dim=128, vq=False)
+    assert free["test_error"] < 0.9 * one_bit["test_error"]
 
 
 def test_an_untrained_idm_does_not_tell_them(video):

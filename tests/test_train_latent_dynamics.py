@@ -104,9 +104,9 @@ def test_a_dead_code_restarts_on_a_piece_of_the_batch(quantizer):
     z = torch.randn(16, 24)
     quantizer(z)
     pieces = z.view(16, 2, 3, 4)[:, 0].transpose(1, 2).reshape(-1, 3)
-    assert quantizer.count[0, 3] == 1
-    assert (pieces == quantizer.total[0, 3]).all(1).any()
-    torch.testing.assert_close(quantizer.embedding[0, 3], quantizer.total[0, 3])
+    assert quantizer.count[0, 3] == 16 * 4 / 8  # its fair share of a batch
+    assert (pieces == quantizer.embedding[0, 3]).all(1).any()
+    torch.testing.assert_close(quantizer.embedding[0, 3], quantizer.total[0, 3] / 8)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 16])
@@ -188,7 +188,7 @@ def write_split(folder, seed, game="maze"):
         common.save_npz(folder / f"labels_{shard:03d}.npz", action=action[rows], reward=reward[rows], expert_return=1.0)
 
 
-def train(root, context=1, labels=True):
+def train(root, context=1, labels=True, vq=True):
     """Stage 1 on a tiny toy video under `root`; returns the checkpoint."""
     for split, seed in (("train", 0), ("test", 1)):
         write_split(root / "data/maze" / split, seed)
@@ -198,10 +198,11 @@ def train(root, context=1, labels=True):
     stage1.main(
         stage1.Args(
             game="maze", device="cpu", data_dir=root / "data", runs_dir=root / "runs", eval_every=2, eval_windows=64, context=context,
-            embeddings=8, embedding_dim=3, multiplier=0.25, fdm_width=4, grad_steps=4, batch_size=8,
+            embeddings=8, embedding_dim=3, multiplier=0.25, fdm_width=4, grad_steps=4, batch_size=8, vq=vq,
         )
     )  # fmt: skip
-    return common.load_checkpoint(root / "runs/maze/latent_dynamics.pt", "latent_dynamics", "maze", "")
+    run = common.run_folder(root / "runs", "maze", vq)
+    return common.load_checkpoint(run / "latent_dynamics.pt", "latent_dynamics", "maze", "")
 
 
 @pytest.mark.parametrize("context", [1, 2, 3])
@@ -211,7 +212,7 @@ def test_latents_lie_row_for_row_beside_their_frames(tmp_path, context):
     idm.load_state_dict(checkpoint["idm"]), quantizer.load_state_dict(checkpoint["quantizer"])
     for path in common.list_shards(tmp_path / "data/maze/test", "frames", ""):
         obs, first, _ = common.read_frames(path, "maze")
-        z, codes, valid = common.read_latents(path, tmp_path / "runs/maze/test", "maze")
+        z, codes, valid = common.read_latents(path, tmp_path / "runs/maze/test", "maze", checkpoint["fingerprint"])
         assert z.dtype == np.float16 and codes.dtype == np.uint8 and z.shape == (80, 24) and codes.shape == (80, 8)
         assert valid.sum() == 4 * (20 - 1 - context)  # 4 episodes of 20 frames, less the ends that no window fits
         for i in range(80):
@@ -222,6 +223,21 @@ def test_latents_lie_row_for_row_beside_their_frames(tmp_path, context):
                     own = idm(torch.from_numpy(obs[i - context : i + 2])[None])
                 torch.testing.assert_close(torch.from_numpy(z[i]).float(), own[0], atol=2e-3, rtol=2e-3)
                 assert torch.equal(quantizer(own)[2][0], torch.from_numpy(codes[i]).long())
+
+
+def test_without_quantisation_the_fdm_is_told_z_itself(tmp_path):
+    checkpoint = train(tmp_path, vq=False)
+    assert not (tmp_path / "runs/maze").exists()  # a run with quantisation that lies there stays as it is
+    assert not checkpoint["vq"] and not checkpoint["quantizer"]
+    path = common.list_shards(tmp_path / "data/maze/test", "frames", "")[0]
+    z, codes, valid = common.read_latents(path, tmp_path / "runs/maze_no_vq/test", "maze", checkpoint["fingerprint"])
+    assert z.shape == (80, 24) and codes.shape == (80, 0) and z[valid].any()
+    columns = (tmp_path / "runs/maze_no_vq/train_latent_dynamics.csv").read_text().splitlines()[0].split(",")
+    assert "test_error" in columns and not [column for column in columns if "perplexity" in column]
+
+    x = torch.randn(5, 24, requires_grad=True)
+    z_q, commitment, codes = stage1.NoQuantizer()(x)
+    assert torch.equal(z_q, x) and commitment == 0 and codes.shape == (5, 0)
 
 
 def test_labels_are_read_to_report_and_never_to_learn(tmp_path):
