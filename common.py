@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,6 +56,11 @@ def check_game(game):
     if game not in RETURNS:
         near = difflib.get_close_matches(game, RETURNS, n=3, cutoff=0.4) or sorted(RETURNS)
         fail(f"no Procgen game is called '{game}'; did you mean {', '.join(near)}?")
+
+
+def perplexity(share):
+    """How many are in use, in effect: share [K] (sums to 1) -> 1 where one has all, K where all have the same."""
+    return float(np.exp(-(share * np.log(share + 1e-10)).sum()))
 
 
 def check_flags(args, zero=(), shares=(), writes=("runs_dir",)):
@@ -145,9 +151,24 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} is not usable here ({str(error).splitlines()[0]}); try --device cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, which convolutions use by default
+        torch.backends.cudnn.benchmark = True  # shapes hardly change
+    return device
+
+
+def num_cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def autocast(precision, device):
+    """The context for the networks' arithmetic that --precision asks for: weights stay float32, layers compute in bfloat16."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def derive_seed(seed, purpose):
@@ -183,7 +204,7 @@ class ProcgenEnvs:
             start_level=start_level,
             num_levels=num_levels,  # 0: all levels
             rand_seed=seed,
-            num_threads=min(num_envs, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+            num_threads=min(num_envs, num_cores()),
         )
         self.finished = []
         self._return = np.zeros(num_envs)
@@ -386,12 +407,24 @@ def progress_bar(total, unit, description=None):
     return tqdm(total=total, unit=unit, desc=description, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20.0)
 
 
-def track(items, unit, description):
-    """Iterates over `items` behind a progress bar."""
-    with progress_bar(len(items), unit, description) as bar:
+def track(items, unit, description, total=None):
+    """Iterates over `items` behind a progress bar; `total` tells how many they are where len() cannot."""
+    with progress_bar(len(items) if total is None else total, unit, description) as bar:
         for item in items:
             yield item
             bar.update()
+
+
+def in_background(function, items, ahead):
+    """Yields function(item) for each of `items`, in their order; threads compute up to `ahead` of them in advance."""
+    with ThreadPoolExecutor(ahead) as threads:
+        futures = deque()
+        for item in items:
+            futures.append(threads.submit(function, item))
+            if len(futures) > ahead:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
 
 
 class MetricsLog:
@@ -424,7 +457,8 @@ class MetricsLog:
 # --- runs that can be killed -----------------------------------------------------------------------------------------
 
 
-MAY_DIFFER = {"device", "data_dir", "runs_dir", "experts_dir", "checkpoint_minutes", "resume"}  # from the flags of the run that goes on
+# flags in which a resumed run may differ from the one that it goes on with
+MAY_DIFFER = {"device", "compile", "data_dir", "runs_dir", "experts_dir", "checkpoint_minutes", "resume"}
 
 
 def check_finite(step, last_good, *modules):
@@ -664,13 +698,14 @@ def count_rows(path):
 class FrameStore:
     """Draws windows of consecutive frames at random from all shards of a folder, in bounded memory.
 
-    Holds `pool_frames` frames at most. Where there are more on disk, a thread reads the next shard ahead, and after as
-    many draws as the oldest shard has windows that shard gives way: each window is drawn about once a pass.
+    Holds `pool_frames` frames at most, on `device` where they fit. Where there are more on disk, threads read the next
+    shards ahead, and after as many draws as the oldest shard has windows that shard gives way: each window is drawn about
+    once a pass.
     """
 
-    def __init__(self, folder, game, context, pool_frames, seed, latents_dir=None, dynamics=None):
+    def __init__(self, folder, game, context, pool_frames, seed, device, latents_dir=None, dynamics=None):
         self.paths = list_shards(folder, "frames", f"python collect_data.py --game {game}")
-        self.game, self.context, self.latents_dir, self.dynamics = game, context, latents_dir, dynamics
+        self.game, self.context, self.latents_dir, self.dynamics, self.device = game, context, latents_dir, dynamics, device
         rows = [count_rows(path) for path in self.paths]
         self.num_frames, self.slot_rows = sum(rows), max(rows)
         if pool_frames < min(self.slot_rows, self.num_frames):
@@ -678,20 +713,22 @@ class FrameStore:
         self.num_slots = min(len(self.paths), pool_frames // self.slot_rows)
         self.rng = np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.queue = []
         self.obs = self.z = None
         self.shard_of_slot, self.windows_of_slot = [None] * self.num_slots, [None] * self.num_slots
         self.oldest, self.draws = 0, 0
-        self.reader = ThreadPoolExecutor(1)
-        self._read_ahead()
+        self.num_readers = 1 + num_cores() // 8  # a core inflates some 10,000 frames of 64x64 a second
+        self.readers = ThreadPoolExecutor(self.num_readers)
+        self.queue = self.rng.permutation(len(self.paths)).tolist()
+        self.ahead = []  # (index of a shard, its content to come), in the order in which they will be needed
         for slot in range(self.num_slots):
-            self._replace(slot, read_ahead=slot + 1 < self.num_slots or self.num_slots < len(self.paths))
+            self._replace(slot, streams=self.num_slots < len(self.paths))
         self._skip_shards_without_windows()
 
-    def _read_ahead(self):
-        self.queue = self.queue or self.rng.permutation(len(self.paths)).tolist()
-        self.ahead = self.queue.pop(0)
-        self.next_shard = self.reader.submit(self._read, self.ahead)
+    def _read_ahead(self, streams):
+        while len(self.ahead) < self.num_readers and (self.queue or streams):
+            self.queue = self.queue or self.rng.permutation(len(self.paths)).tolist()
+            index = self.queue.pop(0)
+            self.ahead.append((index, self.readers.submit(self._read, index)))
 
     def _read(self, index):
         obs, first, settings = read_frames(self.paths[index], self.game)
@@ -703,10 +740,11 @@ class FrameStore:
             fail(f"{self.latents_dir} was made from other frames; make it anew with: python train_latent_dynamics.py --game {self.game}")
         return obs, z, valid, settings
 
-    def _replace(self, slot, read_ahead=True):
-        index, shard = self.ahead, self.next_shard.result()
-        if read_ahead:
-            self._read_ahead()
+    def _replace(self, slot, streams=True):
+        self._read_ahead(streams)
+        index, shard = self.ahead.pop(0)
+        shard = shard.result()
+        self._read_ahead(streams)
         self._fill(slot, index, shard)
 
     def _fill(self, slot, index, shard):
@@ -714,8 +752,15 @@ class FrameStore:
         self.shard_of_slot[slot] = index
         if self.obs is None:
             self.frame_size = obs.shape[1]
-            self.obs = torch.empty(self.num_slots * self.slot_rows, *obs.shape[1:], dtype=torch.uint8)
-            self.z = None if z is None else torch.empty(self.num_slots * self.slot_rows, z.shape[1], dtype=torch.float16)
+            z_dim = 0 if z is None else z.shape[1]
+            rows = self.num_slots * self.slot_rows
+            if self.device.type == "cuda":  # half of the free memory at most: networks and gradients need some as well
+                fits = rows * (obs[0].nbytes + 2 * z_dim) < torch.cuda.mem_get_info(self.device)[0] / 2
+                pool = dict(device=self.device) if fits else dict(pin_memory=True)
+            else:
+                pool = dict(device=self.device)
+            self.obs = torch.empty(rows, *obs.shape[1:], dtype=torch.uint8, **pool)
+            self.z = None if z is None else torch.empty(rows, z_dim, dtype=torch.float16, **pool)
         if obs.shape[1:] != self.obs.shape[1:] or (z is not None and z.shape[1] != self.z.shape[1]):
             made_by = f"python collect_data.py --game {self.game}"
             fail(f"the shards of {self.paths[0].parent} differ in frame size or latents; make them anew with: {made_by}")
@@ -731,8 +776,8 @@ class FrameStore:
         """The position in the data: which shard lies in which slot, the shards to come, and the random numbers."""
         data = [self.settings, self.dynamics, [path.name for path in self.paths], self.num_frames]
         return dict(
-            data=data, slots=list(self.shard_of_slot), ahead=self.ahead, queue=list(self.queue), oldest=self.oldest,
-            draws=self.draws, rng=self.rng.bit_generator.state, generator=self.generator.get_state(),
+            data=data, slots=list(self.shard_of_slot), ahead=[index for index, _ in self.ahead], queue=list(self.queue),
+            oldest=self.oldest, draws=self.draws, rng=self.rng.bit_generator.state, generator=self.generator.get_state(),
         )  # fmt: skip
 
     def load_state_dict(self, saved):
@@ -741,9 +786,8 @@ class FrameStore:
         for slot, index in enumerate(saved["slots"]):
             if index != self.shard_of_slot[slot]:
                 self._fill(slot, index, self._read(index))
-        self.ahead, self.queue, self.oldest, self.draws = saved["ahead"], saved["queue"], saved["oldest"], saved["draws"]
-        if self.num_slots < len(self.paths):
-            self.next_shard = self.reader.submit(self._read, self.ahead)
+        self.queue, self.oldest, self.draws = list(saved["queue"]), saved["oldest"], saved["draws"]
+        self.ahead = [(index, self.readers.submit(self._read, index)) for index in saved["ahead"]]
         self.rng.bit_generator.state = saved["rng"]
         self.generator.set_state(saved["generator"])
 
@@ -768,17 +812,20 @@ class FrameStore:
             self.oldest = (self.oldest + 1) % self.num_slots
             self._skip_shards_without_windows()
 
+    def _gather(self, pool, rows):
+        """pool[rows] on the device; rows come from the CPU, so that nothing has to wait for the GPU."""
+        return pool[rows.to(pool.device, non_blocking=True)].to(self.device, non_blocking=True)
+
     def sample_windows(self, batch):
         """uint8 (B, context + 2, S, S, 3): o_{t-context} .. o_{t+1}"""
         self._stream()
-        rows = self._draw(batch)[:, None] + torch.arange(-self.context, 2)
-        return self.obs[rows]
+        return self._gather(self.obs, self._draw(batch)[:, None] + torch.arange(-self.context, 2))
 
     def sample_latents(self, batch):
         """o_t uint8 (B, S, S, 3) and its latent action z_t float32 (B, Z)"""
         self._stream()
         rows = self._draw(batch)
-        return self.obs[rows], self.z[rows].float()
+        return self._gather(self.obs, rows), self._gather(self.z, rows).float()
 
 
 def draw_rows(valid_of_path, count, seed):

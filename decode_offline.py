@@ -266,17 +266,17 @@ def soft_labels(network, inputs):
     return network(inputs).softmax(-1)
 
 
-def vpt_batches(store, idms, batch_size, device):
+def vpt_batches(store, idms, batch_size):
     """For train(): o_t and IDM d's soft labels for policy d; the same windows for all."""
     while True:
-        windows = store.sample_windows(batch_size).to(device)
+        windows = store.sample_windows(batch_size)
         yield ((windows[:, store.context], soft_labels(idm, windows)) for idm in idms)
 
 
-def lapo_plus_batches(store, bank, batch_size, device):
+def lapo_plus_batches(store, bank, batch_size):
     """For train(): o_t and decoder d's soft labels of the stored z_t for policy d; the same frames for all."""
     while True:
-        obs, z = (x.to(device) for x in store.sample_latents(batch_size))
+        obs, z = store.sample_latents(batch_size)
         yield ((obs, labels) for labels in soft_labels(bank, z.expand(bank.size, -1, -1)))
 
 
@@ -439,15 +439,15 @@ def main(args):
             batches = labelled_batches(windows[:, :, context], actions, num_labels, args.clone_batch_size, device, args.seed)
             train(policies, batches, args.labelled_steps, args.clone_lr, args.label_smoothing, "bc: policies")
         else:
-            store = common.FrameStore(data / "train", args.game, context, args.pool_frames, args.seed, run / "train", dynamics)
+            store = common.FrameStore(data / "train", args.game, context, args.pool_frames, args.seed, device, run / "train", dynamics)
             if method == "vpt":
                 idms = new_networks(lambda: IDM(frame_size, context, multiplier, common.NUM_ACTIONS))
                 batches = labelled_batches(windows, actions, num_labels, args.clone_batch_size, device, args.seed)
                 train(idms, batches, args.labelled_steps, args.clone_lr, args.label_smoothing, "vpt: IDMs")
                 result["accuracy"] = share_correct(torch.stack([in_batches(idm, test_windows, device) for idm in idms]))
-                batches = vpt_batches(store, idms, args.clone_batch_size, device)
+                batches = vpt_batches(store, idms, args.clone_batch_size)
             else:
-                batches = lapo_plus_batches(store, bank, args.clone_batch_size, device)
+                batches = lapo_plus_batches(store, bank, args.clone_batch_size)
             train(policies, batches, args.clone_steps, args.clone_lr, 0.0, f"{method}: policies")
         outputs = [in_batches(network, test_windows[:, context], device) for network in policies]
         result["policy_accuracy"] = share_correct(torch.stack(outputs))

@@ -22,6 +22,7 @@ CPU sized     python train_ilpo.py --game coinrun --multiplier 0.5 --fdm-width 8
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ class Args:
     """Minutes between two writes of the whole state, from which --resume goes on."""
     resume: bool = False
     """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the networks: fp32, or bf16 by autocast with fp32 weights; auto takes bf16 on a GPU."""
     pool_frames: int = 1_000_000
     """Frames held in memory at once (12 KB each at 64x64); more on disk than that are streamed."""
     eval_every: int = 2000
@@ -242,11 +245,6 @@ def ilpo_loss(policy, generator, windows, latents):
     return nearest_error + expected_error, nearest_error, expected_error
 
 
-def perplexity(share):
-    """How many latents are in use, in effect: share [K] (sums to 1) -> 1 where one has all, K where all have the same."""
-    return float(np.exp(-(share * np.log(share + 1e-10)).sum()))
-
-
 def mapped_accuracy(train_z, train_actions, test_z, test_actions, latents):
     """Share of held-out actions told by the best map from latents to actions, and that of the majority class; all int [N].
 
@@ -280,9 +278,9 @@ def report(policy, generator, train, test, latents, device, batch_size=64):
     share = np.bincount(test_z, minlength=latents) / len(test_z)
     figures = dict(
         test_error=error, expected_error=expected_error, copy_error=copy_error,
-        perplexity=perplexity(share), latents_used=float((share > 0).mean()), histogram=" ".join(f"{x:.3f}" for x in share),
+        perplexity=common.perplexity(share), latents_used=float((share > 0).mean()), histogram=" ".join(f"{x:.3f}" for x in share),
         policy_entropy=torch.distributions.Categorical(pi).entropy().mean(),  # in nats, log K at most
-        policy_perplexity=perplexity(pi.mean(0).cpu().numpy()),
+        policy_perplexity=common.perplexity(pi.mean(0).cpu().numpy()),
     )  # fmt: skip
     if train_actions is not None and test_actions is not None:
         train_z = nearest_latents(generator, torch.from_numpy(train_windows).to(device), latents).cpu().numpy()
@@ -304,7 +302,7 @@ def main(args):
     if run_state.finished(run / "ilpo.pt"):
         return
 
-    store = common.FrameStore(data / "train", args.game, args.context, args.pool_frames, args.seed)
+    store = common.FrameStore(data / "train", args.game, args.context, args.pool_frames, args.seed, device)
     train, test = (
         (windows, common.true_actions_to_report_on(where, args.game))
         for windows, where in (
@@ -327,8 +325,9 @@ def main(args):
     parts = dict(policy=policy, generator=generator, optimizer=optimizer, store=store, log=log)
     run_state.load(parts)
     for grad_step in range(run_state.step + 1, args.grad_steps + 1):
-        windows = store.sample_windows(args.batch_size).to(device)
-        loss, error, expected_error = ilpo_loss(policy, generator, windows, args.latents)
+        windows = store.sample_windows(args.batch_size)
+        with common.autocast(args.precision, device):
+            loss, error, expected_error = ilpo_loss(policy, generator, windows, args.latents)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

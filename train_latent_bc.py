@@ -12,6 +12,7 @@ CPU sized     python train_latent_bc.py --game coinrun --multiplier 0.5 --batch-
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,6 +39,10 @@ class Args:
     """Minutes between two writes of the whole state, from which --resume goes on."""
     resume: bool = False
     """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the networks: fp32, or bf16 by autocast with fp32 weights; auto takes bf16 on a GPU."""
+    compile: bool = torch.cuda.is_available()
+    """Compile the update (torch.compile, with CUDA graphs on a GPU); by default where there is a GPU."""
     vq: bool = True
     """Quantise the latent actions; --no-vq is the paper's ablation (A.2), whose runs go to <runs-dir>/<game>_no_vq."""
     pool_frames: int = 1_000_000
@@ -112,16 +117,20 @@ class LatentPolicy(nn.Module):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
+def imitation_loss(policy, obs, z):
+    """obs uint8 (B, S, S, 3), z (B, Z) before quantisation -> mean squared error ()"""
+    return F.mse_loss(policy(obs), z)
+
+
 @torch.no_grad()
-def report(policy, obs, z, device, batch_size=512):
-    """Figures on held-out episodes: obs uint8 [N, S, S, 3], z float32 [N, Z] (numpy)."""
+def report(policy, obs, z, batch_size=512):
+    """Figures on held-out episodes: obs uint8 (N, S, S, 3), z (N, Z)."""
     policy.eval()
-    predicted = [policy(torch.from_numpy(obs[i : i + batch_size]).to(device)).cpu() for i in range(0, len(obs), batch_size)]
+    error = (torch.cat([policy(part) for part in obs.split(batch_size)]) - z).pow(2).mean()
     policy.train()
-    error = float(((torch.cat(predicted).numpy() - z) ** 2).mean())
     # the mean action would explain nothing, the IDM's own z everything; what a policy can explain lies between, because
     # o_t alone does not tell what a sampling expert will do next
-    return dict(test_error=error, variance_explained=1 - error / float(z.var(axis=0).mean()))
+    return dict(test_error=error, variance_explained=1 - error / z.var(0, correction=0).mean())
 
 
 def main(args):
@@ -138,11 +147,11 @@ def main(args):
     context = dynamics["context"]
     z_dim = dynamics["codebooks"] * dynamics["latents_per_codebook"] * dynamics["embedding_dim"]
 
-    store = common.FrameStore(data / "train", args.game, context, args.pool_frames, args.seed, run / "train", dynamics["fingerprint"])
+    store = common.FrameStore(data / "train", args.game, context, args.pool_frames, args.seed, device, run / "train", dynamics["fingerprint"])
     windows, where = common.fixed_windows(data / "test", args.game, context, args.eval_windows, args.seed)
-    test_obs = windows[:, context]
+    test_obs = torch.from_numpy(windows[:, context]).to(device)
     latents = {path: common.read_latents(path, run / "test", args.game, dynamics["fingerprint"])[0] for path in where}
-    test_z = np.concatenate([latents[path][rows] for path, rows in where.items()]).astype(np.float32)
+    test_z = torch.from_numpy(np.concatenate([latents[path][rows] for path, rows in where.items()])).to(device).float()
 
     policy = LatentPolicy(store.frame_size, args.multiplier, z_dim).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr, fused=True)
@@ -158,9 +167,11 @@ def main(args):
     log = common.MetricsLog(run / "train_latent_bc.csv", args.grad_steps, "step")
     parts = dict(policy=policy, optimizer=optimizer, schedule=schedule, store=store, log=log)
     run_state.load(parts)
+    loss_of = torch.compile(imitation_loss, mode="reduce-overhead") if args.compile else imitation_loss
     for grad_step in range(run_state.step + 1, args.grad_steps + 1):
-        obs, z = (x.to(device) for x in store.sample_latents(args.batch_size))
-        loss = F.mse_loss(policy(obs), z)
+        obs, z = store.sample_latents(args.batch_size)
+        with common.autocast(args.precision, device):
+            loss = loss_of(policy, obs, z)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -168,7 +179,7 @@ def main(args):
         log.bar.update()
         if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
             common.check_finite(grad_step, run / "latent_policy.pt", policy)
-            log.write(grad_step=grad_step, train_error=loss.detach(), **report(policy, test_obs, test_z, device))
+            log.write(grad_step=grad_step, train_error=loss.detach(), **report(policy, test_obs, test_z))
             common.save_checkpoint(
                 run / "latent_policy.pt", kind="latent_policy", game=args.game, grad_step=grad_step, frame_size=store.frame_size,
                 start_level=store.settings["start_level"], num_levels=store.settings["num_levels"], context=context,

@@ -14,6 +14,7 @@ CPU sized     python train_latent_dynamics.py --game coinrun --multiplier 0.5 --
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,6 +44,10 @@ class Args:
     """Minutes between two writes of the whole state, from which --resume goes on."""
     resume: bool = False
     """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the networks: fp32, or bf16 by autocast with fp32 weights; auto takes bf16 on a GPU."""
+    compile: bool = torch.cuda.is_available()
+    """Compile the update (torch.compile, with CUDA graphs on a GPU); by default where there is a GPU."""
     vq: bool = True
     """Quantise the latent actions; --no-vq is the paper's ablation (A.2), whose runs go to <runs-dir>/<game>_no_vq."""
     pool_frames: int = 1_000_000
@@ -152,12 +157,12 @@ class EMAVectorQuantizer(nn.Module):
     def forward(self, z):
         """z (B, C * E * P) -> z_q like z (gradients pass straight through), commitment loss (), codes int64 (B, C * P)"""
         c, e, p = self.shape
-        x = z.view(-1, c, e, p).permute(1, 0, 3, 2).reshape(c, -1, e)  # (C, B * P, E)
-        with torch.no_grad():
+        x = z.float().view(-1, c, e, p).permute(1, 0, 3, 2).reshape(c, -1, e)  # (C, B * P, E)
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # averages move by thousandths: too fine for bf16
             codes = torch.cdist(x, self.embedding).argmin(-1)  # (C, B * P)
-        nearest = self.embedding.gather(1, codes[..., None].expand_as(x))  # with the codebook before its update
-        if self.training:
-            self.update(x.detach(), codes)
+            nearest = self.embedding.gather(1, codes[..., None].expand_as(x))  # with the codebook before its update
+            if self.training:
+                self.update(x, codes)
         commitment = F.mse_loss(x, nearest)
         z_q = x + (nearest - x).detach()  # straight-through estimator
         z_q = z_q.view(c, -1, p, e).permute(1, 0, 3, 2).reshape(z.shape)
@@ -283,13 +288,10 @@ def dynamics_loss(idm, quantizer, fdm, windows, commitment):
 
 
 @torch.no_grad()
-def label(idm, quantizer, windows, device, batch_size=512):
-    """windows uint8 [N, k + 2, S, S, 3] (numpy) -> z float32 [N, Z], codes uint8 [N, C * P]"""
-    z, codes = [], []
-    for start in range(0, len(windows), batch_size):
-        z.append(idm(torch.from_numpy(windows[start : start + batch_size]).to(device)))
-        codes.append(quantizer(z[-1])[2].to(torch.uint8))
-    return torch.cat(z).cpu().numpy(), torch.cat(codes).cpu().numpy()
+def label(idm, quantizer, windows):
+    """windows uint8 (B, k + 2, S, S, 3) -> z (B, Z), codes uint8 (B, C * P)"""
+    z = idm(windows)
+    return z, quantizer(z)[2].to(torch.uint8)
 
 
 def probe_accuracy(train_z, train_actions, test_z, test_actions):
@@ -300,51 +302,65 @@ def probe_accuracy(train_z, train_actions, test_z, test_actions):
 
 
 @torch.no_grad()
-def report(idm, quantizer, fdm, train, test, device, batch_size=512):
-    """Figures on held-out episodes, as a dict. train, test: (windows, true actions or None), windows as label() takes."""
+def report(idm, quantizer, fdm, train, test, batch_size=512):
+    """Figures on held-out episodes, as a dict. train, test: (windows uint8 (N, k + 2, S, S, 3), true actions int [N] or None)."""
     for module in (idm, quantizer, fdm):
         module.eval()
     (train_windows, train_actions), (test_windows, test_actions) = train, test
-    test_z, codes = label(idm, quantizer, test_windows, device)
-    error = copy_error = 0.0
-    for start in range(0, len(test_windows), batch_size):
-        windows = torch.from_numpy(test_windows[start : start + batch_size]).to(device)
-        z_q = quantizer(torch.from_numpy(test_z[start : start + batch_size]).to(device))[0]
-        target = to_input(windows[:, -1:])
-        error += F.mse_loss(fdm(windows[:, :-1], z_q), target) * len(windows) / len(test_windows)
-        copy_error += F.mse_loss(to_input(windows[:, -2:-1]), target) * len(windows) / len(test_windows)
+    test_z, codes, error, copy_error = [], [], 0.0, 0.0
+    for windows in test_windows.split(batch_size):
+        z, code = label(idm, quantizer, windows)
+        test_z.append(z), codes.append(code)
+        target, weight = to_input(windows[:, -1:]), len(windows) / len(test_windows)
+        error += F.mse_loss(fdm(windows[:, :-1], quantizer(z)[0]), target) * weight
+        copy_error += F.mse_loss(to_input(windows[:, -2:-1]), target) * weight
     figures = dict(test_error=error, copy_error=copy_error)
     if isinstance(quantizer, EMAVectorQuantizer):
         codebooks, embeddings, _ = quantizer.embedding.shape
-        for codebook, used in enumerate(np.split(codes, codebooks, axis=1)):
+        for codebook, used in enumerate(np.split(torch.cat(codes).cpu().numpy(), codebooks, axis=1)):
             share = np.bincount(used.ravel(), minlength=embeddings) / used.size
-            figures[f"perplexity_{codebook}"] = float(np.exp(-(share * np.log(share + 1e-10)).sum()))
+            figures[f"perplexity_{codebook}"] = common.perplexity(share)
             figures[f"codes_used_{codebook}"] = float((share > 0).mean())
     if train_actions is not None and test_actions is not None and len(np.unique(train_actions)) > 1:
-        train_z, _ = label(idm, quantizer, train_windows, device)
+        train_z = [label(idm, quantizer, windows)[0] for windows in train_windows.split(batch_size)]
+        train_z, test_z = torch.cat(train_z).cpu().numpy(), torch.cat(test_z).cpu().numpy()
         figures["probe"], figures["majority"] = probe_accuracy(train_z, train_actions, test_z, test_actions)
     for module in (idm, quantizer, fdm):
         module.train()
     return figures
 
 
-def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device):
-    """Labels every valid window of every shard with its latent action; other rows hold zeros."""
+def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device, batch_size=1024):
+    """Labels every valid window of every shard with its latent action; other rows hold zeros.
+
+    Threads read the shards to come and write those that are done, while the IDM labels one.
+    """
     paths = common.list_shards(frames_dir, "frames", f"python collect_data.py --game {game}")
     for old in Path(latents_dir).glob("latents_*.npz"):
         old.unlink()
-    for path in common.track(paths, "shard", f"latents of {frames_dir}"):
+    dynamics, threads = common.fingerprint(idm, quantizer), 1 + common.num_cores() // 4
+
+    def read(path):
         obs, first, _ = common.read_frames(path, game)
-        valid = common.valid_windows(first, context)
-        rows = np.flatnonzero(valid)
-        z = codes = None
-        for part in np.array_split(rows, max(1, len(rows) // 8192)):  # windows overlap: all at once would take thrice the memory
-            part_z, part_codes = label(idm, quantizer, obs[part[:, None] + np.arange(-context, 2)], device)
-            if z is None:
-                z, codes = np.zeros((len(obs), part_z.shape[1]), np.float16), np.zeros((len(obs), part_codes.shape[1]), np.uint8)
-            z[part], codes[part] = part_z, part_codes
-        dynamics = common.fingerprint(idm, quantizer)
+        return path, torch.from_numpy(obs), common.valid_windows(first, context)
+
+    def labelled():
+        offsets = torch.arange(-context, 2, device=device)
+        for path, obs, valid in common.in_background(read, paths, threads):
+            obs, rows = obs.to(device), torch.from_numpy(np.flatnonzero(valid)).to(device)
+            parts = [label(idm, quantizer, obs[some[:, None] + offsets]) for some in rows.split(batch_size)]
+            z, codes = (torch.cat(part) for part in zip(*parts))
+            all_z = torch.zeros(len(obs), z.shape[1], dtype=torch.float16, device=device)
+            all_codes = torch.zeros(len(obs), codes.shape[1], dtype=torch.uint8, device=device)
+            all_z[rows], all_codes[rows] = z.half(), codes
+            yield path, all_z.cpu().numpy(), all_codes.cpu().numpy(), valid
+
+    def write(latents):
+        path, z, codes, valid = latents
         common.save_npz(common.beside(path, "latents", latents_dir), z=z, codes=codes, valid=valid, dynamics=dynamics)
+
+    for _ in common.track(common.in_background(write, labelled(), threads), "shard", f"latents of {frames_dir}", len(paths)):
+        pass
 
 
 def main(args):
@@ -360,9 +376,9 @@ def main(args):
     if run_state.finished(run / "latent_dynamics.pt"):
         return
 
-    store = common.FrameStore(data / "train", args.game, args.context, args.pool_frames, args.seed)
+    store = common.FrameStore(data / "train", args.game, args.context, args.pool_frames, args.seed, device)
     train, test = (
-        (windows, common.true_actions_to_report_on(where, args.game))
+        (torch.from_numpy(windows).to(device), common.true_actions_to_report_on(where, args.game))
         for windows, where in (
             common.fixed_windows(data / split, args.game, args.context, args.eval_windows, args.seed) for split in ("train", "test")
         )
@@ -389,9 +405,11 @@ def main(args):
     log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step")
     parts = dict(idm=idm, quantizer=quantizer, fdm=fdm, optimizer=optimizer, schedule=schedule, store=store, log=log)
     run_state.load(parts)
+    loss_of = torch.compile(dynamics_loss, mode="reduce-overhead") if args.compile else dynamics_loss
     for grad_step in range(run_state.step + 1, args.grad_steps + 1):
-        windows = store.sample_windows(args.batch_size).to(device)
-        loss, error, commitment_loss = dynamics_loss(idm, quantizer, fdm, windows, args.commitment)
+        windows = store.sample_windows(args.batch_size)
+        with common.autocast(args.precision, device):
+            loss, error, commitment_loss = loss_of(idm, quantizer, fdm, windows, args.commitment)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -400,7 +418,7 @@ def main(args):
         log.bar.update()
         if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
             common.check_finite(grad_step, run / "latent_dynamics.pt", idm, quantizer, fdm)
-            figures = report(idm, quantizer, fdm, train, test, device)
+            figures = report(idm, quantizer, fdm, train, test)
             log.write(grad_step=grad_step, train_error=error.detach(), commitment=commitment_loss.detach(), **figures)
             for name, perplexity in figures.items():
                 if name.startswith("perplexity") and perplexity < 1.5:

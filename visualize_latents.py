@@ -137,12 +137,12 @@ class EMAVectorQuantizer(nn.Module):
     def forward(self, z):
         """z (B, C * E * P) -> z_q like z (gradients pass straight through), commitment loss (), codes int64 (B, C * P)"""
         c, e, p = self.shape
-        x = z.view(-1, c, e, p).permute(1, 0, 3, 2).reshape(c, -1, e)  # (C, B * P, E)
-        with torch.no_grad():
+        x = z.float().view(-1, c, e, p).permute(1, 0, 3, 2).reshape(c, -1, e)  # (C, B * P, E)
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # averages move by thousandths: too fine for bf16
             codes = torch.cdist(x, self.embedding).argmin(-1)  # (C, B * P)
-        nearest = self.embedding.gather(1, codes[..., None].expand_as(x))  # with the codebook before its update
-        if self.training:
-            self.update(x.detach(), codes)
+            nearest = self.embedding.gather(1, codes[..., None].expand_as(x))  # with the codebook before its update
+            if self.training:
+                self.update(x, codes)
         commitment = F.mse_loss(x, nearest)
         z_q = x + (nearest - x).detach()  # straight-through estimator
         z_q = z_q.view(c, -1, p, e).permute(1, 0, 3, 2).reshape(z.shape)
@@ -324,7 +324,7 @@ def codebook_use(codes, codebooks, embeddings):
     """codes [N, C * P] -> perplexity [C] and share of the embeddings in use [C]"""
     used = np.split(codes, codebooks, axis=1)
     shares = np.stack([np.bincount(book.ravel(), minlength=embeddings) / book.size for book in used])  # (C, K)
-    return np.exp(-(shares * np.log(shares + 1e-10)).sum(1)), (shares > 0).mean(1)
+    return np.array([common.perplexity(share) for share in shares]), (shares > 0).mean(1)
 
 
 @torch.no_grad()

@@ -20,11 +20,9 @@ MOVES = np.array([(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0)])  # (y, x) of the to
 
 @pytest.fixture(autouse=True)
 def own_signal_handlers():
-    """A run that ends in an error ends its process, and its signal handlers with it; here the next test would inherit them."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    """Python's own at the start of every test: a shell's background job ignores Ctrl-C, a failed run leaves its own behind."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def toy_video(episodes, length, seed, frame_size=64, grid=8):

@@ -10,6 +10,8 @@ import torch
 
 import common
 
+CPU = torch.device("cpu")
+
 
 def message(call, *arguments, **keywords):
     """What a call that must refuse says: one line that starts with 'error: '."""
@@ -266,7 +268,7 @@ def test_frames_of_another_game_shape_or_content_are_refused(tmp_path):
 
     write_frames(tmp_path)
     write_frames(tmp_path, name="frames_001.npz", size=8)
-    assert "differ in frame size" in message(common.FrameStore, tmp_path, "maze", 1, 80, 1)
+    assert "differ in frame size" in message(common.FrameStore, tmp_path, "maze", 1, 80, 1, CPU)
 
 
 def test_missing_labels_and_latents_name_their_command(tmp_path):
@@ -278,7 +280,7 @@ def test_missing_labels_and_latents_name_their_command(tmp_path):
     text = message(common.list_shards, tmp_path / "nowhere", "frames", MAKE)
     assert "nowhere holds no frames_NNN.npz" in text and MAKE in text
     (tmp_path / "frames_001.npz").write_bytes(b"PK")
-    assert "frames_001.npz is damaged" in message(common.FrameStore, tmp_path, "maze", 1, 1000, 1)
+    assert "frames_001.npz is damaged" in message(common.FrameStore, tmp_path, "maze", 1, 1000, 1, CPU)
 
 
 class Bomb:
@@ -374,7 +376,7 @@ def look(windows, episode=10):
 def test_every_window_within_an_episode_is_drawn_and_no_other(tmp_path, context):
     for shard in range(3):
         write_frames(tmp_path, rows=30, name=f"frames_{shard:03d}.npz", shard=shard)
-    store = common.FrameStore(tmp_path, "maze", context, 1000, seed=1)
+    store = common.FrameStore(tmp_path, "maze", context, 1000, 1, CPU)
     assert store.num_frames == 90 and store.frame_size == 4
     drawn = {where for _ in range(40) for where in look(store.sample_windows(50))}
     assert drawn == {(shard, row) for shard in range(3) for row in range(30) if context <= row % 10 < 9}
@@ -385,7 +387,7 @@ def test_the_seed_decides_the_samples(tmp_path):
         write_frames(tmp_path, name=f"frames_{shard:03d}.npz", shard=shard)
 
     def samples(seed):
-        store = common.FrameStore(tmp_path, "maze", 1, 80, seed)
+        store = common.FrameStore(tmp_path, "maze", 1, 80, seed, CPU)
         return torch.cat([store.sample_windows(16) for _ in range(30)])
 
     assert torch.equal(samples(1), samples(1)) and not torch.equal(samples(1), samples(2))
@@ -395,7 +397,7 @@ def test_streaming_draws_each_window_about_once_a_pass_in_bounded_memory(tmp_pat
     rows = [40, 40, 20, 40, 30, 40, 40]  # the last shard of a recording may be shorter
     for shard, n in enumerate(rows):
         write_frames(tmp_path, rows=n, name=f"frames_{shard:03d}.npz", shard=shard)
-    store = common.FrameStore(tmp_path, "maze", 1, 100, seed=3)
+    store = common.FrameStore(tmp_path, "maze", 1, 100, 3, CPU)
     assert len(store.obs) == 80  # two whole shards fit into the 100 frames
     windows = {(shard, row) for shard, n in enumerate(rows) for row in range(n) if 1 <= row % 10 < 9}
     passes = 60
@@ -412,16 +414,16 @@ def test_streaming_draws_each_window_about_once_a_pass_in_bounded_memory(tmp_pat
 
 def test_a_pool_smaller_than_a_shard_is_refused(tmp_path):
     write_frames(tmp_path, rows=40)
-    text = message(common.FrameStore, tmp_path, "maze", 1, 39, 1)
+    text = message(common.FrameStore, tmp_path, "maze", 1, 39, 1, CPU)
     assert "--pool-frames 39" in text and "40 frames" in text
     write_frames(tmp_path, rows=40, episode=2)
-    assert "no window of 3 frames" in message(common.FrameStore, tmp_path, "maze", 1, 40, 1)
+    assert "no window of 3 frames" in message(common.FrameStore, tmp_path, "maze", 1, 40, 1, CPU)
 
 
 def test_shards_too_short_for_a_window_are_passed_over(tmp_path):
     for shard, episode in enumerate((2, 2, 10, 2)):  # episodes of two frames hold no window of three
         write_frames(tmp_path, name=f"frames_{shard:03d}.npz", shard=shard, episode=episode)
-    store = common.FrameStore(tmp_path, "maze", 1, 40, seed=1)
+    store = common.FrameStore(tmp_path, "maze", 1, 40, 1, CPU)
     for _ in range(20):
         assert {shard for shard, _ in look(store.sample_windows(16))} == {2}
 
@@ -435,7 +437,7 @@ def test_frames_are_paired_with_their_own_latents(tmp_path):
     for shard in range(4):
         write_frames(tmp_path / "frames", rows=30, name=f"frames_{shard:03d}.npz", shard=shard)
         write_latents(tmp_path / "latents", 30, shard, common.valid_windows(np.arange(30) % 10 == 0, 2))
-    store = common.FrameStore(tmp_path / "frames", "maze", 2, 60, seed=1, latents_dir=tmp_path / "latents", dynamics="abc")
+    store = common.FrameStore(tmp_path / "frames", "maze", 2, 60, 1, CPU, latents_dir=tmp_path / "latents", dynamics="abc")
     seen = set()
     for _ in range(200):
         obs, z = store.sample_latents(16)
@@ -445,7 +447,7 @@ def test_frames_are_paired_with_their_own_latents(tmp_path):
     assert seen == {(shard, row) for shard in range(4) for row in range(30) if 2 <= row % 10 < 9}
 
     write_latents(tmp_path / "latents", 29, 3, np.ones(29, bool))
-    text = message(common.FrameStore, tmp_path / "frames", "maze", 2, 1000, 1, tmp_path / "latents", "abc")
+    text = message(common.FrameStore, tmp_path / "frames", "maze", 2, 1000, 1, CPU, tmp_path / "latents", "abc")
     assert "other frames" in text and "train_latent_dynamics.py --game maze" in text
     write_latents(tmp_path / "latents", 30, 3, np.ones(31, bool))
     assert "not of one length" in message(common.read_latents, tmp_path / "frames/frames_003.npz", tmp_path / "latents", "maze", "abc")

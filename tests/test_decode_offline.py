@@ -31,9 +31,10 @@ def test_variance_explained_is_zero_for_the_mean_and_one_for_the_truth():
         def forward(self, batch):
             return torch.from_numpy(np.stack([self.answer(o) for o in batch.numpy()]))
 
-    mean = bc.report(Stub(lambda o: z.mean(0)), obs, z, "cpu", batch_size=16)
-    assert mean["variance_explained"] == pytest.approx(0, abs=1e-6)
-    truth = bc.report(Stub(lambda o: by_pixel[tuple(o[0, 0])]), obs, z, "cpu", batch_size=16)
+    obs_and_z = torch.from_numpy(obs), torch.from_numpy(z)
+    mean = bc.report(Stub(lambda o: z.mean(0)), *obs_and_z, batch_size=16)
+    assert float(mean["variance_explained"]) == pytest.approx(0, abs=1e-6)
+    truth = bc.report(Stub(lambda o: by_pixel[tuple(o[0, 0])]), *obs_and_z, batch_size=16)
     assert truth["test_error"] == 0 and truth["variance_explained"] == 1
 
 

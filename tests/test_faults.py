@@ -147,7 +147,7 @@ def test_a_file_that_claims_to_be_huge_is_refused_at_once(tmp_path, monkeypatch)
         write_claim(path, shape, bytes(100), lie)
         assert "is damaged" in message(common.read_frames, path, "maze")
         assert "is damaged" in message(common.count_rows, path)
-        assert "is damaged" in message(common.FrameStore, tmp_path, "maze", 1, 10**6, 1)
+        assert "is damaged" in message(common.FrameStore, tmp_path, "maze", 1, 10**6, 1, torch.device("cpu"))
 
 
 def test_a_pickle_in_any_file_is_refused(trained, tmp_path):
@@ -236,7 +236,7 @@ def test_a_game_that_fails_is_one_line(tmp_path, monkeypatch, call):
 
 
 def test_one_action_in_the_labels_needs_no_probe():
-    windows = np.zeros((20, 3, 16, 16, 3), np.uint8)
+    windows = torch.zeros(20, 3, 16, 16, 3, dtype=torch.uint8)
     idm, fdm = train_latent_dynamics.IDM(16, 1, 0.25, 24), train_latent_dynamics.FDM(16, 1, 24, 4, predict_change=False)
     alike = (windows, np.ones(20, int))
-    assert "probe" not in train_latent_dynamics.report(idm, train_latent_dynamics.NoQuantizer(), fdm, alike, alike, "cpu")
+    assert "probe" not in train_latent_dynamics.report(idm, train_latent_dynamics.NoQuantizer(), fdm, alike, alike)

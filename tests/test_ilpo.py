@@ -123,9 +123,9 @@ def test_generator_trains_again_after_the_choice():
 
 
 def test_perplexity_tells_collapse():
-    assert ilpo.perplexity(np.array([0.0, 1.0, 0.0, 0.0])) == pytest.approx(1)
-    assert ilpo.perplexity(np.full(4, 0.25)) == pytest.approx(4)
-    assert ilpo.perplexity(np.array([0.5, 0.5, 0, 0])) == pytest.approx(2)
+    assert common.perplexity(np.array([0.0, 1.0, 0.0, 0.0])) == pytest.approx(1)
+    assert common.perplexity(np.full(4, 0.25)) == pytest.approx(4)
+    assert common.perplexity(np.array([0.5, 0.5, 0, 0])) == pytest.approx(2)
 
 
 def test_latents_are_mapped_by_their_most_frequent_action():
@@ -189,7 +189,7 @@ def test_latents_tell_most_hidden_actions_with_some_seeds(tmp_path):
         figures = train(tmp_path / str(seed), "maze", seed=seed, lr=1e-3, grad_steps=100, eval_windows=480)
         assert figures["majority"] == pytest.approx(0.2, abs=0.06)
         assert figures["histogram"].sum() == pytest.approx(1, abs=0.01)
-        assert figures["perplexity"] == pytest.approx(ilpo.perplexity(figures["histogram"]), rel=0.01)
+        assert figures["perplexity"] == pytest.approx(common.perplexity(figures["histogram"]), rel=0.01)
         assert figures["test_error"] < 0.9 * figures["copy_error"], figures
         assert figures["test_error"] < figures["expected_error"], figures
         found.append(figures["perplexity"] > 2 and figures["accuracy"] > 0.5)

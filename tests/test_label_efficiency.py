@@ -102,7 +102,7 @@ class PerfectIDM(torch.nn.Module):
 
 def test_vpt_clones_what_its_own_idm_says():
     policies = new_policies(2)
-    batches = offline.vpt_batches(FakeStore(torch.zeros(15, 1)), [PerfectIDM(), PerfectIDM(shift=1)], 64, "cpu")
+    batches = offline.vpt_batches(FakeStore(torch.zeros(15, 1)), [PerfectIDM(), PerfectIDM(shift=1)], 64)
     offline.train(policies, batches, 250, 3e-3, 0.0, "vpt")
     obs, actions = places_video(500, seed=2)
     assert share_right(policies[0], obs, actions) > 0.95
@@ -118,7 +118,7 @@ def test_lapo_plus_clones_what_its_own_decoder_says():
     generator = torch.Generator().manual_seed(0)
     offline.fit_decoders(bank, centres[actions], wrong, torch.tensor([300, 300]), 200, 64, 3e-3, 0.05, generator)
     policies = new_policies(2)
-    offline.train(policies, offline.lapo_plus_batches(FakeStore(centres), bank, 64, "cpu"), 250, 3e-3, 0.0, "lapo_plus")
+    offline.train(policies, offline.lapo_plus_batches(FakeStore(centres), bank, 64), 250, 3e-3, 0.0, "lapo_plus")
     obs, true = places_video(500, seed=2)
     assert share_right(policies[0], obs, true) > 0.95
     assert share_right(policies[1], obs, (true + 1) % 15) > 0.95
@@ -129,7 +129,7 @@ def test_soft_labels_are_probabilities_without_gradients():
     assert not labels.requires_grad
     torch.testing.assert_close(labels.sum(1), torch.ones(3))
     bank = offline.DecoderBank([offline.ActionDecoder(8) for _ in range(2)])
-    _, labels = next(next(offline.lapo_plus_batches(FakeStore(torch.randn(15, 8)), bank, 4, "cpu")))
+    _, labels = next(next(offline.lapo_plus_batches(FakeStore(torch.randn(15, 8)), bank, 4)))
     assert labels.shape == (4, 15) and not labels.requires_grad
 
 

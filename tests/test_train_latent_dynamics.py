@@ -264,15 +264,47 @@ def test_probe_is_scored_on_held_out_rows():
 
 def test_report_measures_error_copy_and_codes(tmp_path):
     torch.manual_seed(0)
-    windows = np.random.default_rng(0).integers(0, 256, (20, 3, 16, 16, 3), dtype=np.uint8)
+    windows = torch.randint(0, 256, (20, 3, 16, 16, 3), dtype=torch.uint8)
     idm, quantizer, fdm = IDM(16, 1, 0.25, 24), EMAVectorQuantizer(2, 4, 8, 3, 0.9), FDM(16, 1, 24, 4, predict_change=False)
     with torch.no_grad():
         quantizer.embedding[1] = quantizer.embedding[1, :1]  # all the same: the first wins, so one code of eight is in use
-    figures = stage1.report(idm, quantizer, fdm, (windows, None), (windows, None), "cpu", batch_size=7)
-    frames = windows.astype(float) / 255 - 0.5
+    figures = stage1.report(idm, quantizer, fdm, (windows, None), (windows, None), batch_size=7)
+    frames = windows.numpy() / 255 - 0.5
     assert float(figures["copy_error"]) == pytest.approx(((frames[:, 2] - frames[:, 1]) ** 2).mean(), rel=1e-5)
     assert figures["perplexity_1"] == pytest.approx(1) and figures["codes_used_1"] == pytest.approx(1 / 8)
     with torch.no_grad():
-        past, z_q = torch.from_numpy(windows[:, :2]), quantizer.eval()(idm(torch.from_numpy(windows)))[0]
-        error = ((fdm.eval()(past, z_q) - stage1.to_input(torch.from_numpy(windows[:, 2:]))) ** 2).mean()
+        z_q = quantizer.eval()(idm(windows))[0]
+        error = ((fdm.eval()(windows[:, :2], z_q) - stage1.to_input(windows[:, 2:])) ** 2).mean()
     assert float(figures["test_error"]) == pytest.approx(float(error), rel=1e-4)
+
+
+def one_update(loss_of, precision):
+    """Loss, gradients and the quantiser's state after one update of small networks, always from the same start."""
+    torch.manual_seed(0)
+    windows = torch.randint(0, 256, (8, 3, 16, 16, 3), dtype=torch.uint8)
+    idm, quantizer, fdm = IDM(16, 1, 0.25, 24), EMAVectorQuantizer(2, 4, 8, 3, 0.9), FDM(16, 1, 24, 4, predict_change=False)
+    quantizer.count.fill_(100)  # no code is dead: those restart at random
+    with common.autocast(precision, torch.device("cpu")):
+        loss, _, _ = loss_of(idm, quantizer, fdm, windows, 0.05)
+    loss.backward()
+    gradient = torch.cat([weight.grad.flatten() for weight in [*idm.parameters(), *fdm.parameters()]])
+    return loss.detach(), gradient, quantizer.state_dict()
+
+
+def test_a_compiled_update_is_the_same():
+    """Captured as one graph, without a break; what a GPU's code generator makes of the graph takes minutes on a CPU."""
+    compiled = torch.compile(stage1.dynamics_loss, backend="aot_eager", fullgraph=True)
+    loss, gradient, quantizer = one_update(stage1.dynamics_loss, "fp32")
+    compiled_loss, compiled_gradient, compiled_quantizer = one_update(compiled, "fp32")
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-3, atol=1e-6)
+    for name, state in quantizer.items():
+        torch.testing.assert_close(compiled_quantizer[name], state)
+
+
+def test_an_update_in_bfloat16_is_nearly_the_same_and_keeps_the_codebooks_in_float32():
+    loss, gradient, _ = one_update(stage1.dynamics_loss, "fp32")
+    bf16_loss, bf16_gradient, quantizer = one_update(stage1.dynamics_loss, "bf16")
+    assert bf16_loss != loss and float(bf16_loss) == pytest.approx(float(loss), rel=0.02)
+    assert F.cosine_similarity(bf16_gradient, gradient, dim=0) > 0.98
+    assert all(state.dtype == torch.float32 for state in quantizer.values())
