@@ -310,11 +310,15 @@ def atomic_write(path):
 
 
 def npz_bytes(**arrays):
-    """The bytes of a compressed .npz. Deflate level 1: Procgen's frames shrink nearly as far as at level 6, faster."""
+    """The bytes of a compressed .npz.
+
+    Deflate level 4: of a 64x64 frame's 12 KB (random play) 0.4 are left in bigfish, 1.1 in coinrun, 5.4 in starpilot, at 300, 180
+    and 64 MB/s a core. Level 1 leaves up to 3.6 times as much and is at most 1.4 times as fast; level 6 is up to half as fast.
+    """
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive:
         for name, array in arrays.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:  # a ZipInfo in the name's place would not be compressed
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
     return buffer.getvalue()
 

@@ -205,6 +205,7 @@ def test_npz_files_are_plain_and_come_back_as_they_were(tmp_path):
     assert common.load_npz(tmp_path / "a.npz", ("r",), "")["r"] == 2.5
     assert common.count_rows(tmp_path / "a.npz") == 2
     assert common.npz_bytes(**arrays) == common.npz_bytes(**arrays)  # no time stamp: the same data, the same bytes
+    assert len(common.npz_bytes(obs=np.zeros(100_000, np.uint8))) < 2000  # compressed indeed
     with pytest.raises(ValueError):
         common.save_npz(tmp_path / "b.npz", objects=np.array([{}], dtype=object))
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
