@@ -12,6 +12,7 @@ CPU sized     python collect_data.py --game coinrun --train-frames 80_000 --test
 
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -153,12 +154,15 @@ class RewardNormalizer:
         self.statistics = common.RunningMeanStd(shape=())
         self.discounted = np.zeros(num_envs)
 
-    def __call__(self, reward, first):
-        """reward float [B] and first bool [B] of the same observe() -> float32 [B]"""
-        self.discounted = self.discounted * self.gamma + reward
-        self.statistics.update(self.discounted)
-        self.discounted[first] = 0.0
-        return np.clip(reward / np.sqrt(self.statistics.var + 1e-8), -10, 10).astype(np.float32)
+    def __call__(self, rewards, firsts):
+        """rewards float (T, B) and firsts bool (T, B) of the same observations, step by step -> float32 (T, B)"""
+        normalized = np.empty(rewards.shape, np.float32)
+        for t, (reward, first) in enumerate(zip(rewards, firsts)):
+            self.discounted = self.discounted * self.gamma + reward
+            self.statistics.update(self.discounted)
+            self.discounted[first] = 0.0
+            normalized[t] = np.clip(reward / np.sqrt(self.statistics.var + 1e-8), -10, 10)
+        return normalized
 
     def state_dict(self):
         statistics = {name: float(value) for name, value in vars(self.statistics).items()}  # mean, var and count
@@ -209,51 +213,47 @@ def sample_actions(logits, generator):
 def train_expert(args, device, path, run_state):
     """Trains ExpertPolicy with PPO and writes it, in half precision, to `path`."""
     policy = ExpertPolicy(args.frame_size, args.expert_multiplier).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=args.expert_lr, eps=1e-5)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.expert_lr, eps=1e-5, fused=True)
     seed = common.derive_seed(args.seed, "expert")
-    envs = common.ProcgenEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
+    envs = common.HalvedEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
     generator = torch.Generator(device).manual_seed(seed)
     # Cobbe et al. left VecNormalize's own discount of 0.99 in place; gamma here, as CleanRL and others do since
-    normalize_reward = RewardNormalizer(args.num_envs, args.gamma)
+    normalize_rewards = RewardNormalizer(args.num_envs, args.gamma)
+    forward = policy.forward
+    minibatch_loss = lambda obs, *rest: ppo_loss(*policy(obs), *rest, args.clip, args.value_coef, args.entropy_coef)
 
+    # a rollout's last row is the frame that the next one starts from
     t, b, s = args.rollout_steps, args.num_envs, args.frame_size
-    obs_buffer = torch.zeros(t, b, s, s, 3, dtype=torch.uint8, device=device)
-    actions = torch.zeros(t, b, dtype=torch.long, device=device)
-    logprobs = torch.zeros(t, b, device=device)
-    rewards = torch.zeros(t, b, device=device)
+    obs_buffer = torch.zeros(t + 1, b, s, s, 3, dtype=torch.uint8, device=device)
+    logits = torch.zeros(t + 1, b, common.NUM_ACTIONS, device=device)
     values = torch.zeros(t + 1, b, device=device)
-    firsts = torch.zeros(t + 1, b, dtype=torch.bool, device=device)
+    actions = torch.zeros(t, b, dtype=torch.long, device=device)
+    rewards, firsts = np.zeros((t + 1, b), np.float32), np.zeros((t + 1, b), bool)  # to the device with the whole rollout
 
     updates = max(1, args.expert_steps // (t * b))
     log = common.MetricsLog(args.runs_dir / args.game / "expert.csv", updates * t * b, "step")
-    parts = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator, normalize_reward=normalize_reward, log=log)
+    parts = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator, normalize_rewards=normalize_rewards, log=log)
     run_state.load(parts)
-    _, obs, first = envs.observe()
     for update in range(run_state.step // (t * b) + 1, updates + 1):
-        for step in range(t):
-            obs_buffer[step] = torch.from_numpy(obs)
-            firsts[step] = torch.from_numpy(first)
-            with torch.no_grad():
-                logits, values[step] = policy(obs_buffer[step])
-                actions[step] = sample_actions(logits, generator)
-            envs.act(actions[step].cpu().numpy())  # the games step while we store
-            logprobs[step] = logits.log_softmax(-1).gather(1, actions[step, :, None])[:, 0]
-            reward, obs, first = envs.observe()
-            rewards[step] = torch.from_numpy(normalize_reward(reward, first))
-        firsts[t] = torch.from_numpy(first)
         with torch.no_grad():
-            values[t] = policy(torch.from_numpy(obs).to(device))[1]
-        advantages, targets = compute_gae(rewards, values, firsts, args.gamma, args.gae_lambda)
+            for step in range(t + 1):
+                for games, half in envs.halves:
+                    reward, frames, first = games.observe()
+                    obs_buffer[step, half] = obs = common.to_device(frames, device)
+                    logits[step, half], values[step, half] = forward(obs)
+                    if step < t:
+                        actions[step, half] = sample_actions(logits[step, half], generator)
+                        games.act(actions[step, half].cpu().numpy())  # these step while we turn to the other half
+                    rewards[step, half], firsts[step, half] = reward, first  # the reward of the action before
+        logprobs = logits[:-1].log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+        normalized, ends = (common.to_device(x, device) for x in (normalize_rewards(rewards[1:], firsts[1:]), firsts))
+        advantages, targets = compute_gae(normalized, values, ends, args.gamma, args.gae_lambda)
 
-        flat = [x.flatten(0, 1) for x in (obs_buffer, actions, logprobs, values[:-1], advantages, targets)]
+        flat = [x.flatten(0, 1) for x in (obs_buffer[:-1], actions, logprobs, values[:-1], advantages, targets)]
         for _ in range(args.epochs):
             for rows in torch.randperm(t * b, generator=generator, device=device).chunk(args.minibatches):
-                mb_obs, mb_action, mb_logprob, mb_value, mb_advantage, mb_target = (x[rows] for x in flat)
-                loss, figures = ppo_loss(
-                    *policy(mb_obs), mb_action, mb_logprob, mb_value, mb_advantage, mb_target,
-                    args.clip, args.value_coef, args.entropy_coef,
-                )  # fmt: skip
                 optimizer.zero_grad()
+                loss, figures = minibatch_loss(*(x[rows] for x in flat))
                 loss.backward()
                 nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
                 optimizer.step()
@@ -261,8 +261,7 @@ def train_expert(args, device, path, run_state):
         common.check_finite(update * t * b, args.runs_dir / args.game / "expert.pt", policy)
         log.bar.update(t * b)
         if update % 5 == 0 or update == updates:  # a row for every 82k steps at the paper's settings
-            finished = [episode_return for _, episode_return in envs.finished]
-            envs.finished.clear()
+            finished = [episode_return for _, episode_return in envs.take_finished()]
             mean_return = float(np.mean(finished)) if finished else float("nan")
             log.write(env_step=update * t * b, mean_return=mean_return, episodes=len(finished), **figures)
             common.save_checkpoint(
@@ -294,57 +293,98 @@ def load_expert(args, device, path):
 
 
 @torch.no_grad()
+def play(envs, act, length):
+    """`length` steps of all games: frames uint8 [B, T, S, S, 3], firsts bool, actions uint8 and rewards float32 [B, T].
+
+    act: obs uint8 [B, S, S, 3] of a half -> actions int [B]. The next call goes on from the frame after the last one here.
+    """
+    shape, size = (envs.num_envs, length), envs.halves[0][0].frame_size
+    frames, firsts = np.empty((*shape, size, size, 3), np.uint8), np.empty(shape, bool)
+    actions, rewards = np.empty(shape, np.uint8), np.empty(shape, np.float32)
+    for step in range(length + 1):
+        for games, half in envs.halves:
+            reward, obs, first = games.observe()
+            if step < length:
+                action = act(obs)
+                games.act(action)  # these step while we store what they came from, and turn to the other half
+                frames[half, step], firsts[half, step], actions[half, step] = obs, first, action
+            if step > 0:
+                rewards[half, step - 1] = reward
+    return frames, firsts, actions, rewards
+
+
 def record(args, device, policy, split, num_frames, expert_return, run_state):
     """Records `num_frames` frames of the expert's sampled actions in shards of at most num_envs streams x rollout_steps.
 
-    The streams of a shard lie one after the other, each in the order of time. The state is kept after every shard, so that a
-    run that was killed goes on from the last whole one.
+    The streams of a shard lie one after the other, each in the order of time. The state after a shard is kept once that shard and
+    all before it are on disk, so that a run that was killed goes on from there. Memory holds a few shards.
+
+    policy: obs uint8 (B, S, S, 3) -> logits (B, 15), value (B,)
     """
     seed = common.derive_seed(args.seed, f"record {split}")
-    envs = common.ProcgenEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
+    envs = common.HalvedEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
     generator = torch.Generator(device).manual_seed(seed)
     folder = args.data_dir / args.game / split
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.dumps(dict(game=args.game, start_level=args.start_level, num_levels=args.num_levels, seed=args.seed))
 
     steps = -(-num_frames // args.num_envs)
-    bar = common.progress_bar(steps * args.num_envs, "frame", split)
+    shards, total = -(-steps // args.rollout_steps), steps * args.num_envs
+    bar = common.progress_bar(total, "frame", split)
     done, parts = 0, dict(envs=envs, generator=generator)
     if run_state.values.get("phase") == split:
         run_state.load(parts)
         done = run_state.step
         bar.update(min(done * args.rollout_steps, steps) * args.num_envs)
-    _, obs, first = envs.observe()
-    for shard in range(done, -(-steps // args.rollout_steps)):
-        start = shard * args.rollout_steps
-        length = min(args.rollout_steps, steps - start)
-        shape = (args.num_envs, length)
-        frames = np.empty((*shape, args.frame_size, args.frame_size, 3), np.uint8)
-        firsts, actions, rewards = np.empty(shape, bool), np.empty(shape, np.uint8), np.empty(shape, np.float32)
-        for step in range(length):
-            frames[:, step], firsts[:, step] = obs, first
-            actions[:, step] = sample_actions(policy(torch.from_numpy(obs).to(device))[0], generator).cpu()
-            envs.act(actions[:, step])
-            rewards[:, step], obs, first = envs.observe()
-        firsts[:, 0] = True  # a stream starts here: its past lies in another shard
 
-        frames_npz = common.npz_bytes(obs=frames.reshape(-1, *frames.shape[2:]), first=firsts.reshape(-1), settings=settings)
-        if shard == 0:  # only now is it known how well the frames compress
-            needed = 1.05 * len(frames_npz) * steps / length
-            free = shutil.disk_usage(folder).free
-            total = steps * args.num_envs
-            print(f"{split}: {total:,} frames will take about {needed / 1e9:.2f} GB of {free / 1e9:.1f} GB free in {folder}")
-            if needed > free:
-                common.fail(f"{folder} has no room for {needed / 1e9:.1f} GB of frames; lower --{split}-frames or set --data-dir")
-            for old in [*folder.glob("frames_*.npz"), *folder.glob("labels_*.npz")]:
-                old.unlink()
-        common.write_bytes(folder / f"labels_{shard:03d}.npz", common.npz_bytes(
-            action=actions.reshape(-1), reward=rewards.reshape(-1), expert_return=np.float32(expert_return),
-        ))  # fmt: skip
+    def act(obs):
+        return sample_actions(policy(common.to_device(obs, device))[0], generator).cpu()
+
+    def played():
+        """Shard after shard as it is played, with the state that it leaves behind."""
+        for shard in range(done, shards):
+            frames, firsts, actions, rewards = play(envs, act, min(args.rollout_steps, steps - shard * args.rollout_steps))
+            firsts[:, 0] = True  # a stream starts here: its past lies in another shard
+            envs.take_finished()  # nobody asks
+            yield (
+                shard, dict(obs=frames.reshape(-1, *frames.shape[2:]), first=firsts.reshape(-1), settings=settings),
+                dict(action=actions.reshape(-1), reward=rewards.reshape(-1), expert_return=np.float32(expert_return)),
+                {name: common.Captured(part) for name, part in parts.items()},
+            )  # fmt: skip
+
+    def compress(item):
+        shard, frames, labels, captured = item
+        return shard, len(frames["obs"]), common.npz_bytes(**frames), common.npz_bytes(**labels), captured
+
+    def compressed():
+        """Refuses to go on where there is no room, before any old file is removed."""
+        for item in common.in_threads(compress, played(), min(8, max(1, common.num_cores() // 2))):
+            shard, rows, frames_npz, _, _ = item
+            if shard == 0:  # only now is it known how well the frames compress
+                needed, free = 1.05 * len(frames_npz) * total / rows, shutil.disk_usage(folder).free
+                print(f"{split}: {total:,} frames will take about {needed / 1e9:.2f} GB of {free / 1e9:.1f} GB free in {folder}")
+                if needed > free:
+                    common.fail(f"{folder} has no room for {needed / 1e9:.1f} GB of frames; lower --{split}-frames or set --data-dir")
+                for old in [*folder.glob("frames_*.npz"), *folder.glob("labels_*.npz")]:
+                    old.unlink()
+            yield item
+
+    def write(item):
+        shard, rows, frames_npz, labels_npz, captured = item
+        common.write_bytes(folder / f"labels_{shard:03d}.npz", labels_npz)
         common.write_bytes(folder / f"frames_{shard:03d}.npz", frames_npz)
-        bar.update(args.num_envs * length)
-        run_state.save(shard + 1, parts, phase=split)
+        return shard, rows, captured
+
+    # while the games go on, several shards are compressed at once, and one after the other is written
+    start, rows_written = time.monotonic(), 0
+    for shard, rows, captured in common.in_threads(write, compressed(), 1):
+        run_state.save(shard + 1, captured, phase=split)
+        bar.update(rows)
+        rows_written += rows
     bar.close()
+    size = sum(path.stat().st_size for path in folder.glob("frames_*.npz"))
+    rate = rows_written / (time.monotonic() - start)
+    print(f"{split}: {total:,} frames of {size / total:,.0f} bytes each, {rate:,.0f} frames a second")
 
 
 def main(args):
@@ -370,9 +410,10 @@ def main(args):
     policy, env_step = load_expert(args, device, path)
 
     seed = common.derive_seed(args.seed, "evaluate expert")
-    envs = common.ProcgenEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
+    envs = common.HalvedEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
     generator = torch.Generator(device).manual_seed(seed)
-    returns = common.evaluate(envs, lambda obs: sample_actions(policy(torch.from_numpy(obs).to(device))[0], generator).cpu(), 4)
+    forward = policy.forward
+    returns = common.evaluate(envs, lambda obs: sample_actions(forward(common.to_device(obs, device))[0], generator).cpu(), 4)
     print(
         f"expert: mean return {returns.mean():.2f} over {returns.size} episodes of {args.num_levels or 'all'} levels "
         f"after {env_step:,} steps of PPO (the paper's, on all levels: {common.RETURNS[args.game][1]:.2f})"
@@ -381,8 +422,8 @@ def main(args):
         run_state.finish()
         return
     if run_state.values.get("phase") != "test":
-        record(args, device, policy, "train", args.train_frames, returns.mean(), run_state)
-    record(args, device, policy, "test", args.test_frames, returns.mean(), run_state)
+        record(args, device, forward, "train", args.train_frames, returns.mean(), run_state)
+    record(args, device, forward, "test", args.test_frames, returns.mean(), run_state)
     run_state.finish()
     print(f"frames and labels: {data}\nnext: python train_latent_dynamics.py --game {args.game}")
 

@@ -171,6 +171,17 @@ def autocast(precision, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+def to_device(array, device):
+    """A numpy array as a tensor on `device`; to a GPU it goes through pinned memory, so that Python need not wait for the copy.
+
+    On the CPU it is the array's own memory.
+    """
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def derive_seed(seed, purpose):
     """Another 31-bit seed for each purpose, so that no two streams of one run share their random numbers."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:4], "little") >> 1
@@ -194,7 +205,7 @@ class ProcgenEnvs:
     `finished` collects (env, episodic return) of every episode that ends; the caller empties it.
     """
 
-    def __init__(self, game, num_envs, seed, start_level=0, num_levels=0, frame_size=64):
+    def __init__(self, game, num_envs, seed, start_level=0, num_levels=0, frame_size=64, num_threads=None):
         check_game(game)
         self.num_envs, self.frame_size = num_envs, frame_size
         self.games = ProcgenGym3Env(
@@ -204,7 +215,7 @@ class ProcgenEnvs:
             start_level=start_level,
             num_levels=num_levels,  # 0: all levels
             rand_seed=seed,
-            num_threads=min(num_envs, num_cores()),
+            num_threads=min(num_envs, num_cores() if num_threads is None else num_threads),
         )
         self.finished = []
         self._return = np.zeros(num_envs)
@@ -240,6 +251,43 @@ class ProcgenEnvs:
         self._return, self.finished, self._acted = saved["returns"].numpy(), saved["finished"], False
 
 
+class HalvedEnvs:
+    """`num_envs` games as two ProcgenEnvs, so that one half steps in C++ threads while the network computes for the other.
+
+        for games, half in envs.halves:  # half: the slice of the num_envs games that these are
+            reward, obs, first = games.observe()
+            games.act(act(obs))
+
+    The halves share nothing and take turns in a fixed order, so no result hangs on which of them is faster. The size of each is
+    a multiple of `multiple_of`, the first is the larger, and where there is nothing to halve it is the only one.
+    """
+
+    def __init__(self, game, num_envs, seed, start_level=0, num_levels=0, frame_size=64, multiple_of=1):
+        middle = -(-num_envs // (2 * multiple_of)) * multiple_of
+        slices = [half for half in (slice(0, middle), slice(middle, num_envs)) if half.start < half.stop]
+        threads = -(-num_cores() // len(slices))  # both halves may be stepping
+        self.num_envs, self.halves = num_envs, []
+        for half in slices:
+            half_seed = derive_seed(seed, f"games from {half.start} on")
+            games = ProcgenEnvs(game, half.stop - half.start, half_seed, start_level, num_levels, frame_size, threads)
+            self.halves.append((games, half))
+
+    def take_finished(self):
+        """(env, episodic return) of every episode that ended since the last call, env counted over both halves."""
+        finished = [(half.start + env, episode_return) for games, half in self.halves for env, episode_return in games.finished]
+        for games, _ in self.halves:
+            games.finished.clear()
+        return finished
+
+    def state_dict(self):
+        """When every half is between observe() and act()."""
+        return dict(halves=[games.state_dict() for games, _ in self.halves])
+
+    def load_state_dict(self, saved):
+        for (games, _), state in zip(self.halves, saved["halves"], strict=True):
+            games.load_state_dict(state)
+
+
 def area_mean(obs, size):
     """uint8 [B, 64, 64, 3] -> uint8 [B, size, size, 3]: the rounded mean of each block of pixels."""
     factor = obs.shape[1] // size
@@ -255,19 +303,18 @@ def evaluate(envs, act, episodes_per_env):
 
     A quota for each environment, and not the first episodes to finish, because the latter favours short ones.
 
-    envs: fresh ProcgenEnvs. act: obs uint8 [B, S, S, 3] -> actions int [B].
+    envs: fresh HalvedEnvs. act: obs uint8 [B, S, S, 3] of a half -> actions int [B].
     Returns float [B, episodes_per_env].
     """
     returns = [[] for _ in range(envs.num_envs)]
     with progress_bar(envs.num_envs * episodes_per_env, "episode", "evaluate") as bar:
         while min(map(len, returns)) < episodes_per_env:
-            envs.act(act(envs.observe()[1]))
-            envs.observe()
-            for env, episode_return in envs.finished:
+            for games, _ in envs.halves:
+                games.act(act(games.observe()[1]))
+            for env, episode_return in envs.take_finished():
                 if len(returns[env]) < episodes_per_env:
                     returns[env].append(episode_return)
                     bar.update()
-            envs.finished.clear()
     return np.array(returns)
 
 
@@ -275,7 +322,7 @@ def random_return(game, seed, start_level, num_levels):
     """Mean return of the uniformly random policy: the paper's for all levels, else played here (256 episodes)."""
     if num_levels == 0:
         return RETURNS[game][0]
-    envs = ProcgenEnvs(game, 64, derive_seed(seed, "random policy"), start_level, num_levels)
+    envs = HalvedEnvs(game, 64, derive_seed(seed, "random policy"), start_level, num_levels)
     rng = np.random.default_rng(seed)
     return float(evaluate(envs, lambda obs: rng.integers(NUM_ACTIONS, size=len(obs)), 4).mean())
 
@@ -411,24 +458,29 @@ def progress_bar(total, unit, description=None):
     return tqdm(total=total, unit=unit, desc=description, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20.0)
 
 
+def in_threads(function, items, threads):
+    """function(item) of each item, in order; up to `threads` of them are under way while the next item is made.
+
+    For functions that let go of Python's lock, as zlib does.
+    """
+    pending, pool = deque(), ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            while pending and (len(pending) > threads or pending[0].done()):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def track(items, unit, description, total=None):
     """Iterates over `items` behind a progress bar; `total` tells how many they are where len() cannot."""
     with progress_bar(len(items) if total is None else total, unit, description) as bar:
         for item in items:
             yield item
             bar.update()
-
-
-def in_background(function, items, ahead):
-    """Yields function(item) for each of `items`, in their order; threads compute up to `ahead` of them in advance."""
-    with ThreadPoolExecutor(ahead) as threads:
-        futures = deque()
-        for item in items:
-            futures.append(threads.submit(function, item))
-            if len(futures) > ahead:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
 
 
 class MetricsLog:
@@ -473,6 +525,20 @@ def check_finite(step, last_good, *modules):
     finite = [weight.isfinite().all() for module in modules for weight in module.state_dict().values()]
     if finite and not torch.stack(finite).all():  # one wait for the GPU
         fail(f"the loss is no longer finite at step {step}; {last_good} keeps what was good; try a lower learning rate")
+
+
+class Captured:
+    """A part's state as it is now, for a RunState.save() that comes when the part has gone on."""
+
+    def __init__(self, part):
+        self.state = part_state(part)
+
+    def state_dict(self):
+        return self.state
+
+
+def part_state(part):
+    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
 
 
 class RunState:
@@ -575,7 +641,7 @@ class RunState:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
             save_checkpoint(
                 self.path, kind=self.kind, game=self.args.game, flags=self.flags, step=step, values=values,
-                parts={name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict() for name, part in parts.items()},
+                parts={name: part_state(part) for name, part in parts.items()},
                 rng=dict(python=random.getstate(), numpy=(kind, key.tolist(), *rest), torch=torch.get_rng_state(), cuda=cuda),
             )  # fmt: skip
             self.step, self.others, self.time = step, False, time.monotonic()

@@ -394,17 +394,17 @@ def main(args):
 
     def play(logits_of):
         """Mean return of each, float (L, seeds), in the same games for every method. logits_of: (D, B, S, S, 3) -> (D, B, 15)"""
-        envs = common.ProcgenEnvs(
+        envs = common.HalvedEnvs(
             args.game, num_envs, common.derive_seed(args.seed, "decode offline"),
-            checkpoint["start_level"], checkpoint["num_levels"], frame_size,
+            checkpoint["start_level"], checkpoint["num_levels"], frame_size, multiple_of=len(num_labels),
         )  # fmt: skip
         generator = torch.Generator(device).manual_seed(args.seed)
 
         def act(obs):
-            obs = torch.from_numpy(obs).to(device).unflatten(0, (len(num_labels), args.envs_per_decoder))
-            return sample_actions(logits_of(obs).flatten(0, 1), generator).cpu()
+            obs = common.to_device(obs, device).unflatten(0, (-1, len(num_labels))).transpose(0, 1)  # game i is for network i % D
+            return sample_actions(logits_of(obs).transpose(0, 1).flatten(0, 1), generator).cpu()
 
-        return common.evaluate(envs, act, quota).reshape(len(args.labels), args.decoder_seeds, -1).mean(-1)
+        return common.evaluate(envs, act, quota).reshape(-1, len(args.labels), args.decoder_seeds, quota).mean((0, 3))
 
     def share_correct(outputs):
         """logits or probabilities (D, n, 15) of the held-out rows -> share whose likeliest action is the true one, (L, seeds)"""

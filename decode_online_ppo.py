@@ -349,12 +349,15 @@ class RewardNormalizer:
         self.statistics = common.RunningMeanStd(shape=())
         self.discounted = np.zeros(num_envs)
 
-    def __call__(self, reward, first):
-        """reward float [B] and first bool [B] of the same observe() -> float32 [B]"""
-        self.discounted = self.discounted * self.gamma + reward
-        self.statistics.update(self.discounted)
-        self.discounted[first] = 0.0
-        return np.clip(reward / np.sqrt(self.statistics.var + 1e-8), -10, 10).astype(np.float32)
+    def __call__(self, rewards, firsts):
+        """rewards float (T, B) and firsts bool (T, B) of the same observations, step by step -> float32 (T, B)"""
+        normalized = np.empty(rewards.shape, np.float32)
+        for t, (reward, first) in enumerate(zip(rewards, firsts)):
+            self.discounted = self.discounted * self.gamma + reward
+            self.statistics.update(self.discounted)
+            self.discounted[first] = 0.0
+            normalized[t] = np.clip(reward / np.sqrt(self.statistics.var + 1e-8), -10, 10)
+        return normalized
 
     def state_dict(self):
         statistics = {name: float(value) for name, value in vars(self.statistics).items()}  # mean, var and count
@@ -488,7 +491,7 @@ def fit_decoder(z, action, epochs, batch_size, lr, label_smoothing, generator, s
     decoder = ActionDecoder(z.shape[1]).to(z.device)
     if standardize:
         decoder.mean.copy_(z.float().mean(0)), decoder.std.copy_(z.float().std(0) + 1e-6)
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=lr, fused=True)
     for _ in range(epochs):
         for rows in torch.randperm(len(z), generator=generator, device=z.device).split(batch_size):
             loss = F.cross_entropy(decoder(z[rows].float()), action[rows], label_smoothing=label_smoothing)
@@ -605,34 +608,35 @@ def main(args):
         if not refits:
             common.fail(f"the decoder would never be fitted in {updates} updates of {t * b} steps; see --refit-from, --refit-until")
     policy.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(groups, eps=1e-5)
+    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+    encode_frames = lambda frames: encode(latent_policy, frames)
+    forward = policy.forward
+    minibatch_loss = lambda x, decoded, *rest: ppo_loss(*policy(x, decoded), *rest, args.clip, args.value_coef, entropy_coef)
 
     # --- games
     seed = common.derive_seed(args.seed, "decode online")
-    envs = common.ProcgenEnvs(args.game, b, seed, sizes["start_level"], sizes["num_levels"], sizes["frame_size"])
+    envs = common.HalvedEnvs(args.game, b, seed, sizes["start_level"], sizes["num_levels"], sizes["frame_size"])
     generator = torch.Generator(device).manual_seed(seed)
-    normalize_reward = RewardNormalizer(b, args.gamma)
+    normalize_rewards = RewardNormalizer(b, args.gamma)
     random_return = common.random_return(args.game, args.seed, sizes["start_level"], sizes["num_levels"])
     labels = sorted((data / "train").glob("labels_*.npz"))  # they tell how well their expert played; else the paper's is taken
     expert_return = float(common.read_labels(labels[0], args.game)["expert_return"]) if labels else common.RETURNS[args.game][1]
 
-    # --- buffers, whose last rows hold the frame that the next rollout starts from
-    _, obs, first = envs.observe()
-    frames = torch.zeros(context + t + 1, *obs.shape, dtype=torch.uint8, device=device)  # the labelled windows reach k back
-    firsts = torch.zeros(context + t + 1, b, dtype=torch.bool, device=device)
-    frames[-1], firsts[-1] = torch.from_numpy(obs), torch.from_numpy(first)
+    # --- buffers; a rollout's last row is the frame that the next one starts from
+    size = sizes["frame_size"]
+    frames = torch.zeros(context + t + 1, b, size, size, 3, dtype=torch.uint8, device=device)  # the labelled windows reach k back
     if scratch:
         inputs = frames  # what PPO's network takes
     else:
         inputs = torch.zeros(t + 1, b, latent_policy.cnn.num_features, device=device)
-        inputs[-1] = encode(latent_policy, frames[-1])
-    actions = torch.zeros(t, b, dtype=torch.long, device=device)
-    logprobs = torch.zeros(t, b, device=device)
-    rewards = torch.zeros(t, b, device=device)
-    values = torch.zeros(t + 1, b, device=device)
     # zeros until the first fit: while the action head has no say either, the agent then acts uniformly at random (the
     # official code asks a decoder with random weights, which comes near to that)
-    decoded = torch.zeros(t, b, common.NUM_ACTIONS, device=device)
+    decoded = torch.zeros(t + 1, b, common.NUM_ACTIONS, device=device)
+    logits = torch.zeros(t + 1, b, common.NUM_ACTIONS, device=device)
+    values = torch.zeros(t + 1, b, device=device)
+    actions = torch.zeros(t, b, dtype=torch.long, device=device)
+    # these go to the device with the whole rollout
+    rewards, firsts = np.zeros((t + 1, b), np.float32), np.zeros((context + t + 1, b), bool)
     decoder_figures = {}
     if labeller:
         z_seen = torch.zeros(refits[-1] * t * b, sizes["z_dim"], dtype=torch.float16, device=device)
@@ -650,12 +654,10 @@ def main(args):
     settings = json.dumps(asdict(args) | sizes, default=str)
     output = run / f"decode_online_{args.method}"
     log = common.MetricsLog(f"{output}.csv", updates * t * b, "step")
-    parts = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator, normalize_reward=normalize_reward, log=log)
+    parts = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator, normalize_rewards=normalize_rewards, log=log)
     if saved := run_state.values:
         env_steps, returns, episodes, decoder_figures = saved["env_steps"], saved["returns"], saved["episodes"], saved["decoder_figures"]
-        frames[-context - 1 :], firsts[-context - 1 :] = saved["frames"], saved["firsts"]
-        if not scratch:
-            inputs[-1] = encode(latent_policy, frames[-1])
+        frames[t : t + context], firsts[t : t + context] = saved["frames"], saved["firsts"].numpy()
         if saved["decoder"]:
             decoder = ActionDecoder(sizes["z_dim"]).to(device)
             decoder.load_state_dict(saved["decoder"])
@@ -666,44 +668,41 @@ def main(args):
             z_seen[:seen], action_seen[:seen] = saved["seen"]
     run_state.load(parts)  # the random numbers too, so nothing may draw any between here and the loop
     for update in range(run_state.step // (t * b) + 1, updates + 1):
-        for buffer, rows in ((frames, context + 1), (firsts, context + 1), (inputs, 1)):
-            buffer[:rows] = buffer[-rows:].clone()  # the last rollout's end opens this one
+        frames[:context], firsts[:context] = frames[t : t + context].clone(), firsts[t : t + context].copy()
         with torch.no_grad():
-            for step in range(t):
-                if decoder:
-                    decoded[step] = decoder(decoder_input(latent_policy, inputs[step], generator))
-                logits, values[step] = policy(inputs[step], decoded[step])
-                actions[step] = sample_actions(logits, generator)
-                envs.act(actions[step].cpu().numpy())  # the games step while we store
-                logprobs[step] = logits.log_softmax(-1).gather(1, actions[step, :, None])[:, 0]
-                reward, obs, first = envs.observe()
-                rewards[step] = torch.from_numpy(normalize_reward(reward, first))
-                now = context + step + 1
-                frames[now], firsts[now] = torch.from_numpy(obs), torch.from_numpy(first)
-                if not scratch:
-                    inputs[step + 1] = encode(latent_policy, frames[now])
-            values[t] = policy(inputs[t], decoded[-1])[1]  # logits aside
-        advantages, targets = compute_gae(rewards, values, firsts[context:], args.gamma, args.gae_lambda)
+            for step in range(t + 1):
+                now = context + step
+                for games, half in envs.halves:
+                    reward, obs, first = games.observe()
+                    frames[now, half] = common.to_device(obs, device)
+                    if not scratch:
+                        inputs[step, half] = encode_frames(frames[now, half])
+                    if decoder:
+                        decoded[step, half] = decoder(decoder_input(latent_policy, inputs[step, half], generator))
+                    logits[step, half], values[step, half] = forward(inputs[step, half], decoded[step, half])
+                    if step < t:
+                        actions[step, half] = sample_actions(logits[step, half], generator)
+                        games.act(actions[step, half].cpu().numpy())  # these step while we turn to the other half
+                    rewards[step, half], firsts[now, half] = reward, first  # the reward of the action before
+        logprobs = logits[:-1].log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+        normalized, ends = (common.to_device(x, device) for x in (normalize_rewards(rewards[1:], firsts[context + 1 :]), firsts))
+        advantages, targets = compute_gae(normalized, values, ends[context:], args.gamma, args.gae_lambda)
 
         env_step = update * t * b
         if not scratch:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(env_step, group["ramp"], args.head_lr, args.env_steps)
-        flat = [x.flatten(0, 1) for x in (inputs[:-1], decoded, actions, logprobs, values[:-1], advantages, targets)]
+        flat = [x.flatten(0, 1) for x in (inputs[:-1], decoded[:-1], actions, logprobs, values[:-1], advantages, targets)]
         for _ in range(args.epochs):
             for rows in torch.randperm(t * b, generator=generator, device=device).chunk(args.minibatches):
-                mb_input, mb_decoded, mb_action, mb_logprob, mb_value, mb_advantage, mb_target = (x[rows] for x in flat)
-                loss, figures = ppo_loss(
-                    *policy(mb_input, mb_decoded), mb_action, mb_logprob, mb_value, mb_advantage, mb_target,
-                    args.clip, args.value_coef, entropy_coef,
-                )  # fmt: skip
                 optimizer.zero_grad()
+                loss, figures = minibatch_loss(*(x[rows] for x in flat))
                 loss.backward()
                 nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
                 optimizer.step()
 
         if labeller:
-            z, action = label_transitions(labeller, frames, firsts, actions)
+            z, action = label_transitions(labeller, frames, ends, actions)
             if decoder:  # it has not seen these
                 decoder_figures["decoder_accuracy"] = (decoder(z).argmax(-1) == action).float().mean()
             z_seen[seen : seen + len(z)], action_seen[seen : seen + len(z)] = z, action
@@ -719,8 +718,7 @@ def main(args):
         common.check_finite(env_step, f"{output}.pt", policy)
         log.bar.update(t * b)
         if env_step // args.log_every_steps > (env_step - t * b) // args.log_every_steps or update == updates:
-            finished = [episode_return for _, episode_return in envs.finished]
-            envs.finished.clear()
+            finished = [episode_return for _, episode_return in envs.take_finished()]
             env_steps.append(env_step)
             returns.append(float(np.mean(finished)) if finished else float("nan"))
             episodes.append(len(finished))
@@ -738,7 +736,7 @@ def main(args):
         if run_state.due():
             run_state.save(
                 env_step, parts, env_steps=env_steps, returns=returns, episodes=episodes, decoder_figures=decoder_figures,
-                frames=frames[-context - 1 :].clone(), firsts=firsts[-context - 1 :].clone(),
+                frames=frames[t : t + context].clone(), firsts=torch.from_numpy(firsts[t : t + context].copy()),
                 decoder=decoder and decoder.state_dict(), seen=(z_seen[:seen].clone(), action_seen[:seen].clone()) if labeller else None,
             )  # fmt: skip
     log.bar.close()

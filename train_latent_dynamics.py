@@ -346,7 +346,7 @@ def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device
 
     def labelled():
         offsets = torch.arange(-context, 2, device=device)
-        for path, obs, valid in common.in_background(read, paths, threads):
+        for path, obs, valid in common.in_threads(read, paths, threads):
             obs, rows = obs.to(device), torch.from_numpy(np.flatnonzero(valid)).to(device)
             parts = [label(idm, quantizer, obs[some[:, None] + offsets]) for some in rows.split(batch_size)]
             z, codes = (torch.cat(part) for part in zip(*parts))
@@ -359,7 +359,7 @@ def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device
         path, z, codes, valid = latents
         common.save_npz(common.beside(path, "latents", latents_dir), z=z, codes=codes, valid=valid, dynamics=dynamics)
 
-    for _ in common.track(common.in_background(write, labelled(), threads), "shard", f"latents of {frames_dir}", len(paths)):
+    for _ in common.track(common.in_threads(write, labelled(), threads), "shard", f"latents of {frames_dir}", len(paths)):
         pass
 
 

@@ -125,23 +125,22 @@ def test_rewards_are_divided_by_the_deviation_of_all_discounted_sums_so_far():
     rng, gamma = np.random.default_rng(0), 0.9
     normalize = collect.RewardNormalizer(4, gamma)
     running, sums, ends = np.zeros(4), [], 0
-    for _ in range(60):
-        reward, first = 2 + 3 * rng.normal(size=4), rng.random(4) < 0.1
-        running = running * gamma + reward
-        sums.extend(running)
-        # the statistics open with a weight of 1e-4 of a sample, hence the tolerance
-        np.testing.assert_allclose(normalize(reward, first), np.clip(reward / np.std(sums), -10, 10), rtol=1e-3)
-        running[first] = 0
-        ends += first.sum()
+    for _ in range(6):  # rollouts of ten steps
+        rewards, firsts = 2 + 3 * rng.normal(size=(10, 4)), rng.random((10, 4)) < 0.1
+        for reward, first, answer in zip(rewards, firsts, normalize(rewards, firsts)):
+            running = running * gamma + reward
+            sums.extend(running)
+            # the statistics open with a weight of 1e-4 of a sample, hence the tolerance
+            np.testing.assert_allclose(answer, np.clip(reward / np.std(sums), -10, 10), rtol=1e-3)
+            running[first] = 0
+            ends += first.sum()
     assert ends > 10
 
 
 def test_rewards_are_clipped_at_ten():
     normalize = collect.RewardNormalizer(4, 0.999)
-    never = np.zeros(4, bool)
-    for _ in range(500):
-        assert (normalize(np.zeros(4), never) == 0).all()
-    answer = normalize(np.array([100.0, -100.0, 0.0, 1.0]), never)  # the deviation is about 3.2 by now
+    assert (normalize(np.zeros((500, 4)), np.zeros((500, 4), bool)) == 0).all()
+    (answer,) = normalize(np.array([[100.0, -100.0, 0.0, 1.0]]), np.zeros((1, 4), bool))  # the deviation is about 3.2 by now
     assert answer.dtype == np.float32
     assert answer[:3].tolist() == [10, -10, 0] and answer[3] == pytest.approx((2004 / 20_001) ** 0.5, rel=1e-3)
 
@@ -228,33 +227,81 @@ def test_all_frames_are_recorded_in_shards_of_one_rollout(recorded):
     assert set(files(recorded)) == {f"bigfish/{name}" for name in names}  # and no temporary file
 
 
+def replay_envs(split, num_envs=4):
+    return common.HalvedEnvs("bigfish", num_envs, common.derive_seed(1, f"record {split}"), 0, 2, 16)
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_recorded_actions_replay_the_recorded_frames(recorded, split):
     (obs, first, action, reward), lengths = read_split(recorded, split)
-    envs = common.ProcgenEnvs("bigfish", 4, common.derive_seed(1, f"record {split}"), 0, 2, 16)
+    envs = replay_envs(split)
     stream_starts = set(np.cumsum([0, *lengths]))
-    _, now, new = envs.observe()
-    for t in range(obs.shape[1]):
-        assert np.array_equal(obs[:, t], now)
-        assert np.array_equal(first[:, t], new | (t in stream_starts))
-        envs.act(action[:, t])  # the action of row t leads to the frame of row t + 1 and earns row t's reward
-        earned, now, new = envs.observe()
-        assert np.array_equal(reward[:, t], earned)
+    for games, half in envs.halves:  # one after the other
+        _, now, new = games.observe()
+        for t in range(obs.shape[1]):
+            assert np.array_equal(obs[half, t], now)
+            assert np.array_equal(first[half, t], new | (t in stream_starts))
+            games.act(action[half, t])  # the action of row t leads to the frame of row t + 1 and earns row t's reward
+            earned, now, new = games.observe()
+            assert np.array_equal(reward[half, t], earned)
     if split == "train":  # so that the above says something about ends and rewards
-        assert len(envs.finished) > 3 and reward.any()
+        assert len(envs.take_finished()) > 3 and reward.any()
         moved = (obs[:, 1:] != obs[:, :-1]).any((2, 3, 4))
         assert moved.mean() > 0.5
 
 
 def test_a_replay_with_other_actions_gives_other_frames(recorded):
     (obs, _, action, _), _ = read_split(recorded, "train")
-    envs = common.ProcgenEnvs("bigfish", 4, common.derive_seed(1, "record train"), 0, 2, 16)
-    envs.observe()
-    envs.act(action[:, 0])  # one step late from here on: the replay above would notice
-    for t in range(20):
-        envs.act(action[:, t])
-        now = envs.observe()[1]
-    assert not np.array_equal(now, obs[:, 20])
+    for games, half in replay_envs("train").halves:
+        games.observe()
+        games.act(action[half, 0])  # one step late from here on: the replay above would notice
+        for t in range(20):
+            games.act(action[half, t])
+            now = games.observe()[1]
+        assert not np.array_equal(now, obs[half, 20])
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_games_that_do_not_halve_evenly_are_recorded(recorded, tmp_path, num_envs):
+    args = small_args(tmp_path, num_envs=num_envs)
+    policy, _ = collect.load_expert(args, "cpu", recorded.experts_dir / "bigfish.pt")
+    record(args, policy, "test", 40 * num_envs)
+    (obs, _, action, reward), _ = read_split(args, "test")
+    assert obs.shape[:2] == (num_envs, 40)
+    for games, half in replay_envs("test", num_envs).halves:
+        for t in range(40):
+            assert np.array_equal(obs[half, t], games.observe()[1])
+            games.act(action[half, t])
+            assert np.array_equal(reward[half, t], games.observe()[0])
+
+
+class OneAfterTheOther(common.ProcgenEnvs):
+    """Games that do not step while anything else happens."""
+
+    def act(self, action):
+        super().act(action)
+        self.games.observe()  # waits
+
+
+def test_nothing_hangs_on_games_that_step_meanwhile(recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "ProcgenEnvs", OneAfterTheOther)
+    args = small_args(tmp_path)
+    collect.main(args)  # expert, evaluation and both splits
+    assert files(args) == files(recorded)
+    ours, theirs = (load_weights(folder) for folder in (args, recorded))
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+
+
+def load_weights(args):
+    return common.load_checkpoint(args.experts_dir / "bigfish.pt", "expert", "bigfish", "")["model"]
+
+
+def test_a_recording_tells_its_size_and_rate(recorded, tmp_path, capsys):
+    args = small_args(tmp_path)
+    policy, _ = collect.load_expert(args, "cpu", recorded.experts_dir / "bigfish.pt")
+    record(args, policy, "test", 160)
+    size = sum(path.stat().st_size for path in args.data_dir.rglob("frames_*.npz")) / 160
+    assert f"test: 160 frames of {size:.0f} bytes each, " in capsys.readouterr().out
 
 
 def test_labels_carry_the_return_of_the_expert(recorded):
@@ -282,8 +329,7 @@ def test_the_same_seed_writes_the_same_bytes(recorded, tmp_path):
     args = small_args(tmp_path)
     collect.main(args)  # trains its own expert
     assert files(args) == files(recorded)
-    paths = [folder / "bigfish.pt" for folder in (args.experts_dir, recorded.experts_dir)]
-    ours, theirs = (common.load_checkpoint(path, "expert", "bigfish", "")["model"] for path in paths)
+    ours, theirs = (load_weights(folder) for folder in (args, recorded))
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
 
 

@@ -1,6 +1,7 @@
 """Helpers that have one correct answer: games, files, the frame store, evaluation."""
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -114,6 +115,76 @@ def test_asking_twice_counts_a_reward_once():
     assert envs.finished == play(400, 1)[3].finished
 
 
+def test_halves_are_games_of_their_own():
+    envs = common.HalvedEnvs("bigfish", 5, 1, num_levels=2, frame_size=16)
+    assert [(games.num_envs, half) for games, half in envs.halves] == [(3, slice(0, 3)), (2, slice(3, 5))]
+    frames = [games.observe()[1] for games, _ in envs.halves]
+    assert frames[0].shape == (3, 16, 16, 3) and frames[1].shape == (2, 16, 16, 3)
+    (alone,) = common.HalvedEnvs("bigfish", 1, 1).halves
+    assert alone[0].num_envs == 1 and alone[1] == slice(0, 1)
+    sizes = [[games.num_envs for games, _ in common.HalvedEnvs("bigfish", n, 1, multiple_of=3).halves] for n in (3, 6, 9)]
+    assert sizes == [[3], [3, 3], [6, 3]]
+    large = common.HalvedEnvs("bigfish", 6, 1)
+    first, second = (games.observe()[1] for games, _ in large.halves)
+    assert not np.array_equal(first, second)
+
+
+def step_halves(envs, steps, rng):
+    for _ in range(steps):
+        for games, _ in envs.halves:
+            games.observe()
+            games.act(rng.integers(common.NUM_ACTIONS, size=games.num_envs))
+    return [games.observe()[1] for games, _ in envs.halves]
+
+
+def test_episodes_of_both_halves_are_told_apart_and_told_once():
+    envs = common.HalvedEnvs("bigfish", 5, 1)
+    step_halves(envs, 400, np.random.default_rng(0))
+    alone = [list(games.finished) for games, _ in envs.halves]
+    assert all(alone)
+    assert envs.take_finished() == alone[0] + [(3 + env, episode_return) for env, episode_return in alone[1]]
+    assert envs.take_finished() == []
+
+
+def test_both_halves_go_on_from_a_saved_state():
+    envs, other = common.HalvedEnvs("bigfish", 5, 1), common.HalvedEnvs("bigfish", 5, 2)
+    step_halves(envs, 100, np.random.default_rng(0))
+    saved = envs.state_dict()
+    after = step_halves(envs, 300, np.random.default_rng(1))
+    other.load_state_dict(saved)
+    again = step_halves(other, 300, np.random.default_rng(1))
+    assert all(np.array_equal(one, two) for one, two in zip(after, again))
+    finished = envs.take_finished()
+    assert len(finished) > 3 and other.take_finished() == finished
+
+
+def test_a_tensor_on_the_cpu_is_the_array_itself():
+    array = np.arange(4)
+    tensor = common.to_device(array, torch.device("cpu"))
+    array[0] = 7
+    assert tensor.tolist() == [7, 1, 2, 3] == common.to_device(array, "cpu").tolist()
+
+
+def test_threads_keep_the_order_and_no_more_than_asked_for_in_flight():
+    made, done = [], []
+
+    def items():
+        for i in range(20):
+            made.append(i)
+            assert len(made) - len(done) <= 4  # three under way, and this
+            yield i
+
+    def slow_if_even(i):
+        time.sleep(0.01 * (i % 2 == 0))
+        return i * i
+
+    for value in common.in_threads(slow_if_even, items(), 3):
+        done.append(value)
+    assert done == [i * i for i in range(20)]
+    with pytest.raises(ZeroDivisionError):
+        list(common.in_threads(lambda i: 1 / i, [2, 1, 0, 1], 2))
+
+
 class ScriptedEnvs:
     """Each slot plays its episodes of fixed lengths one after the other; an episode's return is its length."""
 
@@ -136,10 +207,20 @@ class ScriptedEnvs:
         self.acted = True
 
 
-def test_evaluation_does_not_favour_short_episodes():
+def scripted(monkeypatch, *halves):
+    """HalvedEnvs of these ScriptedEnvs."""
+    coming = list(halves)
+    monkeypatch.setattr(common, "ProcgenEnvs", lambda *_: coming.pop(0))
+    envs = common.HalvedEnvs("bigfish", sum(games.num_envs for games in halves), 1)
+    assert [games.num_envs for games, _ in envs.halves] == [games.num_envs for games in halves]
+    return envs
+
+
+def test_evaluation_does_not_favour_short_episodes(monkeypatch):
     rng = np.random.default_rng(0)
     lengths = [list(rng.choice([1, 50], 20)) for _ in range(32)]  # half short, half long: the mean is 25.5
-    returns = common.evaluate(ScriptedEnvs(lengths), lambda obs: np.zeros(len(obs), int), 4)
+    envs = scripted(monkeypatch, ScriptedEnvs(lengths[:16]), ScriptedEnvs(lengths[16:]))
+    returns = common.evaluate(envs, lambda obs: np.zeros(len(obs), int), 4)
     assert returns.shape == (32, 4)
     assert np.array_equal(returns, [row[:4] for row in lengths])
 
@@ -151,12 +232,12 @@ def test_evaluation_does_not_favour_short_episodes():
     assert np.mean([total for _, total in envs.finished[:32]]) < 0.7 * returns.mean()
 
 
-def test_evaluation_acts_on_the_frame_that_is_shown():
+def test_evaluation_acts_on_the_frame_that_is_shown(monkeypatch):
     class Echo(ScriptedEnvs):
         """Shows the number of its step; an action that names another number loses the point."""
 
-        def __init__(self):
-            super().__init__([[3], [5]])
+        def __init__(self, *lengths):
+            super().__init__([[length] for length in lengths])
             self.shown, self.right = 0, []
 
         def observe(self):
@@ -165,12 +246,14 @@ def test_evaluation_acts_on_the_frame_that_is_shown():
             return reward, obs + np.uint8(self.shown), first
 
         def act(self, action):
-            self.right.append(list(action) == [self.shown] * 2)
+            self.right.append(list(action) == [self.shown] * self.num_envs)
             super().act(action)
 
-    envs = Echo()
-    common.evaluate(envs, lambda obs: obs[:, 0, 0, 0], 2)
-    assert len(envs.right) == 10 and all(envs.right)
+    halves = Echo(3, 4), Echo(5)
+    returns = common.evaluate(scripted(monkeypatch, *halves), lambda obs: obs[:, 0, 0, 0], 2)
+    assert returns.tolist() == [[3, 3], [4, 4], [5, 5]]
+    for half in halves:  # the end of the tenth step shows in the frame after it, on which they act once more
+        assert len(half.right) == 11 and all(half.right)
 
 
 def test_random_return_of_few_levels_is_played():

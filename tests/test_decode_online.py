@@ -44,9 +44,10 @@ def one_thread():
 class FakeEnvs:
     """Env e plays episodes of 5 + e steps; each good action earns 1. Frames tell env, episode, step and the last action."""
 
-    def __init__(self, game, num_envs, seed, start_level, num_levels, frame_size):
+    def __init__(self, first_env, num_envs, frame_size):
         self.obs = np.zeros((num_envs, frame_size, frame_size, 3), np.uint8)
-        self.lengths = 5 + np.arange(num_envs)
+        self.num_envs, self.number = num_envs, first_env + np.arange(num_envs)
+        self.lengths = 5 + self.number
         self.episode, self.step, self.action, self.earned = np.zeros((4, num_envs), int)
         self.reward, self.finished = np.zeros(num_envs, np.float32), []
 
@@ -63,8 +64,19 @@ class FakeEnvs:
     def observe(self):
         self.obs[:, 8:] = 255 * (self.step % 2)[:, None, None, None]  # bright at odd steps
         self.obs[:, 0, 0] = np.stack([self.episode, self.step, self.action], 1)
-        self.obs[:, 0, 1, 0] = np.arange(len(self.obs))
+        self.obs[:, 0, 1, 0] = self.number
         return self.reward, self.obs, self.step == 0  # always the same array, as Procgen may
+
+
+def put_in_place_of_procgen(monkeypatch, games):
+    """Both halves of eight envs are such games, numbered through."""
+    made = []
+
+    def make(game, num_envs, seed, start_level, num_levels, frame_size, num_threads):
+        made.append(games(sum(one.num_envs for one in made) % 8, num_envs, frame_size))
+        return made[-1]
+
+    monkeypatch.setattr(common, "ProcgenEnvs", make)
 
 
 class OneGoodAction(FakeEnvs):
@@ -192,7 +204,7 @@ def test_every_transition_reaches_the_decoder_once_with_its_action(tmp_path, mon
         encoded.append(len(obs))
         return encode(latent_policy, obs)
 
-    monkeypatch.setattr(common, "ProcgenEnvs", FakeEnvs)
+    put_in_place_of_procgen(monkeypatch, FakeEnvs)
     monkeypatch.setattr(online, "IDM", FakeIDM)
     monkeypatch.setattr(online, "fit_decoder", fit_decoder)
     monkeypatch.setattr(online, "encode", counting_encode)
@@ -213,7 +225,7 @@ def test_every_transition_reaches_the_decoder_once_with_its_action(tmp_path, mon
     seen = list(zip(env[:, context].tolist(), episode[:, context].tolist(), step[:, context].tolist()))
     assert len(seen) == len(set(seen)) and set(seen) == expected
 
-    assert encoded == [8] * (48 + 1)  # each frame once
+    assert encoded == [4, 4] * (48 + 48 // rollout_steps)  # each frame once, and once more where one rollout ends and the next begins
     with np.load(where["runs_dir"] / "coinrun" / "decode_online_rl_sl.npz") as result:
         lengths = 5 + np.arange(8)
         ended = np.diff([[i // length for length in lengths] for i in (0, 16, 32, 48)], axis=0)  # (interval, env)
@@ -224,7 +236,7 @@ def test_every_transition_reaches_the_decoder_once_with_its_action(tmp_path, mon
 
 def test_same_seed_same_policy(tmp_path, monkeypatch):
     where = write_checkpoints(tmp_path)
-    monkeypatch.setattr(common, "ProcgenEnvs", FakeEnvs)
+    put_in_place_of_procgen(monkeypatch, FakeEnvs)
     weights = []
     for seed in (1, 1, 2):
         online.main(online.Args(**where, **SMALL | dict(env_steps=1040, log_every_steps=2048), seed=seed))
@@ -240,7 +252,7 @@ def test_ppo_finds_the_good_action_of_each_frame(tmp_path, monkeypatch, method):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["model"]["hidden.weight"] *= 100  # random features hardly tell bright from dark
     common.save_checkpoint(path, **checkpoint)
-    monkeypatch.setattr(common, "ProcgenEnvs", BrightMeansSeven)
+    put_in_place_of_procgen(monkeypatch, BrightMeansSeven)
     settings = SMALL | dict(env_steps=4096, head_entropy_coef=0.03, scratch_frame_size=16, scratch_lr=1e-3)
     online.main(online.Args(**where, **settings, method=method))
     with np.load(where["runs_dir"] / f"coinrun/decode_online_{method}.npz") as result:
@@ -260,7 +272,7 @@ def test_the_decoder_alone_steers(tmp_path, monkeypatch):
     checkpoint["model"]["head.weight"] *= 0
     checkpoint["model"]["head.bias"] = F.one_hot(torch.tensor(7), Z_DIM).float()
     common.save_checkpoint(path, **checkpoint)
-    monkeypatch.setattr(common, "ProcgenEnvs", OneGoodAction)
+    put_in_place_of_procgen(monkeypatch, OneGoodAction)
     monkeypatch.setattr(online, "IDM", CodeOfAction)
     late = {f"{part}_lr_ramp": (2040, 2047, 0.1) for part in ("action", "value", "hidden")}
     settings = SMALL | late | dict(refit_from=1024, refit_each_until=1024, refit_until=1024, refit_epochs=20)
@@ -272,12 +284,20 @@ def test_the_decoder_alone_steers(tmp_path, monkeypatch):
 
 def test_an_interval_without_an_episode_is_nan(tmp_path, monkeypatch):
     where = write_checkpoints(tmp_path)
-    monkeypatch.setattr(common, "ProcgenEnvs", FakeEnvs)
+    put_in_place_of_procgen(monkeypatch, FakeEnvs)
     settings = SMALL | dict(head_rollout_steps=4, env_steps=64, log_every_steps=32, minibatches=1)
     ramps = {f"{part}_lr_ramp": (0, 16, 0.1) for part in ("action", "value", "hidden")}
     online.main(online.Args(**where, **settings | ramps, method="rl"))
     with np.load(where["runs_dir"] / "coinrun" / "decode_online_rl.npz") as result:
         assert result["episodes"].tolist() == [0, 4] and np.isnan(result["returns"][0]) and result["returns"][1] == 6.5
+
+
+class OneAfterTheOther(common.ProcgenEnvs):
+    """Games that do not step while anything else happens."""
+
+    def act(self, action):
+        super().act(action)
+        self.games.observe()  # waits
 
 
 # --- the whole, on real games ------------------------------------------------------------------------------------------
@@ -328,6 +348,18 @@ def test_three_methods_on_bigfish(tmp_path, monkeypatch, capsys):
         "LAPO, RL and SL", "LAPO, RL without SL", "PPO from scratch", "expert", "random policy"
     ]  # fmt: skip
     assert "python visualize_latents.py --game bigfish" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_envs", [8, 3])
+def test_nothing_hangs_on_games_that_step_meanwhile(tmp_path, monkeypatch, num_envs):
+    where = write_checkpoints(tmp_path, "bigfish")
+    results = []
+    for games in (common.ProcgenEnvs, OneAfterTheOther):
+        monkeypatch.setattr(common, "ProcgenEnvs", games)
+        online.main(online.Args(**where, **SMALL | dict(env_steps=1536, num_envs=num_envs, log_every_steps=1536)))
+        weights = torch.load(where["runs_dir"] / "bigfish/decode_online_rl_sl.pt", weights_only=True)
+        results.append([*weights["policy"].values(), *weights["decoder"].values()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------

@@ -52,8 +52,10 @@ SCRIPTS = dict(
 def short_evaluation(envs, act, episodes_per_env):
     """Twenty steps, so that the frame that is reached tells of every action."""
     for _ in range(20):
-        envs.act(act(envs.observe()[1]))
-    return np.full((envs.num_envs, episodes_per_env), envs.observe()[1].mean((1, 2, 3))[:, None])
+        for games, _ in envs.halves:
+            games.act(act(games.observe()[1]))
+    reached = np.concatenate([games.observe()[1].mean((1, 2, 3)) for games, _ in envs.halves])
+    return np.full((envs.num_envs, episodes_per_env), reached[:, None])
 
 
 def no_threads(pid):
