@@ -44,6 +44,8 @@ class Args:
     """Minutes between two writes of the whole state, from which --resume goes on."""
     resume: bool = False
     """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
+    compile: bool = torch.cuda.is_available()
+    """Compile the update (torch.compile, with CUDA graphs on a GPU); by default where there is a GPU."""
 
     train_frames: int = 8_000_000
     """Frames to record for training (section 5: about 8M); 0 trains the expert only."""
@@ -219,8 +221,10 @@ def train_expert(args, device, path, run_state):
     generator = torch.Generator(device).manual_seed(seed)
     # Cobbe et al. left VecNormalize's own discount of 0.99 in place; gamma here, as CleanRL and others do since
     normalize_rewards = RewardNormalizer(args.num_envs, args.gamma)
-    forward = policy.forward
-    minibatch_loss = lambda obs, *rest: ppo_loss(*policy(obs), *rest, args.clip, args.value_coef, args.entropy_coef)
+    forward = common.compiled(policy.forward, args.compile)
+    minibatch_loss = common.compiled(
+        lambda obs, *rest: ppo_loss(*policy(obs), *rest, args.clip, args.value_coef, args.entropy_coef), args.compile
+    )
 
     # a rollout's last row is the frame that the next one starts from
     t, b, s = args.rollout_steps, args.num_envs, args.frame_size
@@ -252,11 +256,12 @@ def train_expert(args, device, path, run_state):
         flat = [x.flatten(0, 1) for x in (obs_buffer[:-1], actions, logprobs, values[:-1], advantages, targets)]
         for _ in range(args.epochs):
             for rows in torch.randperm(t * b, generator=generator, device=device).chunk(args.minibatches):
-                optimizer.zero_grad()
+                optimizer.zero_grad()  # before a compiled forward pass, which takes the memory of the last gradients
                 loss, figures = minibatch_loss(*(x[rows] for x in flat))
                 loss.backward()
                 nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
                 optimizer.step()
+        figures = {name: figure.clone() for name, figure in figures.items()}  # the next rollout may overwrite them
 
         common.check_finite(update * t * b, args.runs_dir / args.game / "expert.pt", policy)
         log.bar.update(t * b)
@@ -412,7 +417,7 @@ def main(args):
     seed = common.derive_seed(args.seed, "evaluate expert")
     envs = common.HalvedEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
     generator = torch.Generator(device).manual_seed(seed)
-    forward = policy.forward
+    forward = common.compiled(policy.forward, args.compile)
     returns = common.evaluate(envs, lambda obs: sample_actions(forward(common.to_device(obs, device))[0], generator).cpu(), 4)
     print(
         f"expert: mean return {returns.mean():.2f} over {returns.size} episodes of {args.num_levels or 'all'} levels "

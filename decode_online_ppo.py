@@ -50,6 +50,8 @@ class Args:
     """Minutes between two writes of the whole state, from which --resume goes on."""
     resume: bool = False
     """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
+    compile: bool = torch.cuda.is_available()
+    """Compile the update (torch.compile, with CUDA graphs on a GPU); by default where there is a GPU."""
     vq: bool = True
     """Quantise the latent actions; --no-vq is the paper's ablation (A.2), whose runs go to <runs-dir>/<game>_no_vq."""
     log_every_steps: int = 50_000
@@ -609,9 +611,11 @@ def main(args):
             common.fail(f"the decoder would never be fitted in {updates} updates of {t * b} steps; see --refit-from, --refit-until")
     policy.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
-    encode_frames = lambda frames: encode(latent_policy, frames)
-    forward = policy.forward
-    minibatch_loss = lambda x, decoded, *rest: ppo_loss(*policy(x, decoded), *rest, args.clip, args.value_coef, entropy_coef)
+    encode_frames = common.compiled(lambda frames: encode(latent_policy, frames), args.compile)
+    forward = common.compiled(policy.forward, args.compile)
+    minibatch_loss = common.compiled(
+        lambda x, decoded, *rest: ppo_loss(*policy(x, decoded), *rest, args.clip, args.value_coef, entropy_coef), args.compile
+    )
 
     # --- games
     seed = common.derive_seed(args.seed, "decode online")
@@ -695,11 +699,12 @@ def main(args):
         flat = [x.flatten(0, 1) for x in (inputs[:-1], decoded[:-1], actions, logprobs, values[:-1], advantages, targets)]
         for _ in range(args.epochs):
             for rows in torch.randperm(t * b, generator=generator, device=device).chunk(args.minibatches):
-                optimizer.zero_grad()
+                optimizer.zero_grad()  # before a compiled forward pass, which takes the memory of the last gradients
                 loss, figures = minibatch_loss(*(x[rows] for x in flat))
                 loss.backward()
                 nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
                 optimizer.step()
+        figures = {name: figure.clone() for name, figure in figures.items()}  # the next rollout may overwrite them
 
         if labeller:
             z, action = label_transitions(labeller, frames, ends, actions)

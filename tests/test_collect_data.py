@@ -160,6 +160,38 @@ def test_actions_are_drawn_from_the_softmax():
     assert torch.equal(sure, wanted)
 
 
+class TinyPolicy(torch.nn.Module):
+    """One convolution in the place of 15, each of which takes seconds to compile."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.heads = torch.nn.Conv2d(3, 4, 3, stride=4), torch.nn.Linear(16, 16)
+
+    def forward(self, obs):
+        out = self.heads(F.relu(self.conv(collect.to_input(obs[:, None]))).flatten(1))
+        return out[:, :15], out[:, 15]
+
+
+def test_the_compiled_loss_is_the_plain_one():
+    torch.manual_seed(0)
+    policy = TinyPolicy().to(memory_format=torch.channels_last)
+    obs, action = torch.randint(256, (12, 8, 8, 3), dtype=torch.uint8), torch.randint(15, (12,))
+    others = [torch.randn(12) - 2, *torch.randn(3, 12)]
+
+    def loss_of(obs, *rest):
+        return collect.ppo_loss(*policy(obs), *rest, 0.2, 0.5, 0.01)
+
+    def loss_figures_and_gradients(function):
+        loss, figures = function(obs, action, *others)
+        return loss, *figures.values(), *torch.autograd.grad(loss, list(policy.parameters()))
+
+    names = list(policy.state_dict())
+    plain, compiled = (loss_figures_and_gradients(common.compiled(loss_of, on)) for on in (False, True))
+    for one, other in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert list(policy.state_dict()) == names  # as a plain run saves them
+
+
 def test_the_expert_has_the_size_of_cobbe_et_al():
     def conv(inputs, outputs):
         return outputs * (inputs * 3 * 3 + 1)
@@ -179,7 +211,7 @@ def test_the_expert_has_the_size_of_cobbe_et_al():
 def small_args(root, **changes):
     """Four games, an expert of 384 steps, eight shards of training frames and a short last one to report on."""
     settings = dict(
-        game="bigfish", device="cpu", data_dir=root / "data", runs_dir=root / "runs", experts_dir=root / "experts", num_levels=2,
+        game="bigfish", device="cpu", compile=False, data_dir=root / "data", runs_dir=root / "runs", experts_dir=root / "experts", num_levels=2,
         train_frames=1024, test_frames=158, frame_size=16, expert_steps=384, expert_multiplier=0.25, num_envs=4, rollout_steps=32,
         minibatches=2, epochs=1,
     )  # fmt: skip

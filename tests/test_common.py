@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 
 import common
 
@@ -163,6 +164,13 @@ def test_a_tensor_on_the_cpu_is_the_array_itself():
     tensor = common.to_device(array, torch.device("cpu"))
     array[0] = 7
     assert tensor.tolist() == [7, 1, 2, 3] == common.to_device(array, "cpu").tolist()
+
+
+def test_a_machine_that_cannot_compile_is_told_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    text = message(common.compiled(lambda x: x * 3.0 + 1, True), torch.ones(2))
+    assert "torch.compile failed here" in text and "--no-compile" in text
 
 
 def test_threads_keep_the_order_and_no_more_than_asked_for_in_flight():
