@@ -84,7 +84,7 @@ def count_calls(patch, at=None, then=lambda: None):
 
     def on_call(frame, event, _):
         file = frame.f_code.co_filename
-        calls[0] += event == "call" and (file.startswith(str(ROOT)) or file.endswith("torch/serialization.py"))
+        calls[0] += event == "call" and (Path(file).parent == ROOT or file.endswith("torch/serialization.py"))
         if calls[0] == at:
             sys.setprofile(None)
             then()
@@ -223,6 +223,8 @@ def test_a_recording_told_to_stop_keeps_the_whole_shards(whole, tmp_path):
     shutil.copytree(whole[0]["collect_data"] / "experts", tmp_path / "root/experts")
     args = arguments("collect_data", tmp_path / "root")
     assert run_until("collect_data", args, tmp_path / "log", 12_000, signal.SIGTERM) == 128 + signal.SIGTERM
+    state = torch.load(tmp_path / "root/runs/bigfish/collect_data_state.pt", weights_only=True)
+    assert state["values"]["phase"] in ("train", "test") and state["step"] > 0  # while it recorded
     assert "collect_data_state.pt is at step" in (tmp_path / "log").read_text()
     collect_data.main(arguments("collect_data", tmp_path / "root", resume=True))
     assert_same_files(tmp_path / "root/data", whole[0]["collect_data"] / "data")
