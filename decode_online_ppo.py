@@ -50,8 +50,8 @@ class Args:
     """Minutes between two writes of the whole state, from which --resume goes on."""
     resume: bool = False
     """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
-    compile: bool = torch.cuda.is_available()
-    """Compile the update (torch.compile, with CUDA graphs on a GPU); by default where there is a GPU."""
+    compile: bool = True
+    """On a GPU, compile the networks (torch.compile with CUDA graphs); on a CPU that takes minutes, and is left aside."""
     vq: bool = True
     """Quantise the latent actions; --no-vq is the paper's ablation (A.2), whose runs go to <runs-dir>/<game>_no_vq."""
     log_every_steps: int = 50_000
@@ -611,10 +611,11 @@ def main(args):
             common.fail(f"the decoder would never be fitted in {updates} updates of {t * b} steps; see --refit-from, --refit-until")
     policy.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
-    encode_frames = common.compiled(lambda frames: encode(latent_policy, frames), args.compile)
-    forward = common.compiled(policy.forward, args.compile)
+    compile = args.compile and device.type == "cuda"
+    encode_frames = common.compiled(lambda frames: encode(latent_policy, frames), compile)
+    forward = common.compiled(policy.forward, compile)
     minibatch_loss = common.compiled(
-        lambda x, decoded, *rest: ppo_loss(*policy(x, decoded), *rest, args.clip, args.value_coef, entropy_coef), args.compile
+        lambda x, decoded, *rest: ppo_loss(*policy(x, decoded), *rest, args.clip, args.value_coef, entropy_coef), compile
     )
 
     # --- games

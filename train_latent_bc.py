@@ -41,8 +41,8 @@ class Args:
     """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks: fp32, or bf16 by autocast with fp32 weights; auto takes bf16 on a GPU."""
-    compile: bool = torch.cuda.is_available()
-    """Compile the update (torch.compile, with CUDA graphs on a GPU); by default where there is a GPU."""
+    compile: bool = True
+    """On a GPU, compile the networks (torch.compile with CUDA graphs); on a CPU that takes minutes, and is left aside."""
     vq: bool = True
     """Quantise the latent actions; --no-vq is the paper's ablation (A.2), whose runs go to <runs-dir>/<game>_no_vq."""
     pool_frames: int = 1_000_000
@@ -167,12 +167,12 @@ def main(args):
     log = common.MetricsLog(run / "train_latent_bc.csv", args.grad_steps, "step")
     parts = dict(policy=policy, optimizer=optimizer, schedule=schedule, store=store, log=log)
     run_state.load(parts)
-    loss_of = torch.compile(imitation_loss, mode="reduce-overhead") if args.compile else imitation_loss
+    loss_of = common.compiled(imitation_loss, args.compile and device.type == "cuda")
     for grad_step in range(run_state.step + 1, args.grad_steps + 1):
         obs, z = store.sample_latents(args.batch_size)
+        optimizer.zero_grad()  # before a compiled forward pass, which takes the memory of the last gradients
         with common.autocast(args.precision, device):
             loss = loss_of(policy, obs, z)
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()

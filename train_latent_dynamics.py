@@ -46,8 +46,8 @@ class Args:
     """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks: fp32, or bf16 by autocast with fp32 weights; auto takes bf16 on a GPU."""
-    compile: bool = torch.cuda.is_available()
-    """Compile the update (torch.compile, with CUDA graphs on a GPU); by default where there is a GPU."""
+    compile: bool = True
+    """On a GPU, compile the networks (torch.compile with CUDA graphs); on a CPU that takes minutes, and is left aside."""
     vq: bool = True
     """Quantise the latent actions; --no-vq is the paper's ablation (A.2), whose runs go to <runs-dir>/<game>_no_vq."""
     pool_frames: int = 1_000_000
@@ -405,12 +405,12 @@ def main(args):
     log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step")
     parts = dict(idm=idm, quantizer=quantizer, fdm=fdm, optimizer=optimizer, schedule=schedule, store=store, log=log)
     run_state.load(parts)
-    loss_of = torch.compile(dynamics_loss, mode="reduce-overhead") if args.compile else dynamics_loss
+    loss_of = common.compiled(dynamics_loss, args.compile and device.type == "cuda")
     for grad_step in range(run_state.step + 1, args.grad_steps + 1):
         windows = store.sample_windows(args.batch_size)
+        optimizer.zero_grad()  # before a compiled forward pass, which takes the memory of the last gradients
         with common.autocast(args.precision, device):
             loss, error, commitment_loss = loss_of(idm, quantizer, fdm, windows, args.commitment)
-        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()

@@ -211,7 +211,7 @@ def test_the_expert_has_the_size_of_cobbe_et_al():
 def small_args(root, **changes):
     """Four games, an expert of 384 steps, eight shards of training frames and a short last one to report on."""
     settings = dict(
-        game="bigfish", device="cpu", compile=False, data_dir=root / "data", runs_dir=root / "runs", experts_dir=root / "experts", num_levels=2,
+        game="bigfish", device="cpu", data_dir=root / "data", runs_dir=root / "runs", experts_dir=root / "experts", num_levels=2,
         train_frames=1024, test_frames=158, frame_size=16, expert_steps=384, expert_multiplier=0.25, num_envs=4, rollout_steps=32,
         minibatches=2, epochs=1,
     )  # fmt: skip

@@ -115,7 +115,7 @@ def chained(tmp_path_factory):
     folders = dict(game="coinrun", device="cpu", data_dir=root / "data", runs_dir=root / "runs")
     collect_data.main(
         collect_data.Args(
-            **folders, compile=False, experts_dir=root / "experts", train_frames=2000, test_frames=800, frame_size=16, num_levels=2,
+            **folders, experts_dir=root / "experts", train_frames=2000, test_frames=800, frame_size=16, num_levels=2,
             expert_steps=512, expert_multiplier=0.25, num_envs=8, rollout_steps=64, minibatches=2, epochs=1,
         )
     )  # fmt: skip

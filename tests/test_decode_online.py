@@ -13,7 +13,7 @@ import decode_online_ppo as online
 
 FRAME_SIZE, MULTIPLIER, Z_DIM = 32, 0.25, 16
 SMALL = dict(
-    device="cpu", compile=False, num_envs=8, head_rollout_steps=16, env_steps=2048, minibatches=4, log_every_steps=1024,
+    device="cpu", num_envs=8, head_rollout_steps=16, env_steps=2048, minibatches=4, log_every_steps=1024,
     action_lr_ramp=(256, 512, 0.25), value_lr_ramp=(128, 512, 0.25), hidden_lr_ramp=(512, 1024, 0.1),
     refit_from=256, refit_each_until=640, refit_every=4, refit_until=1600, refit_batch_size=64,
     scratch_rollout_steps=16, scratch_multiplier=MULTIPLIER, scratch_frame_size=FRAME_SIZE,

@@ -228,7 +228,7 @@ def test_one_hot_latents_are_not_standardised():
 
 
 ONLINE = dict(
-    device="cpu", compile=False, num_envs=8, head_rollout_steps=16, env_steps=1024, minibatches=4, log_every_steps=512,
+    device="cpu", num_envs=8, head_rollout_steps=16, env_steps=1024, minibatches=4, log_every_steps=512,
     action_lr_ramp=(256, 512, 0.25), value_lr_ramp=(128, 512, 0.25), hidden_lr_ramp=(512, 768, 0.1),
     refit_from=256, refit_each_until=512, refit_every=4, refit_until=768, refit_batch_size=64,
 )  # fmt: skip

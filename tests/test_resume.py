@@ -31,7 +31,7 @@ FORK = multiprocessing.get_context("forkserver")
 KILLS = 3
 
 COLLECT = dict(
-    compile=False, train_frames=512, test_frames=160, frame_size=16, num_levels=2, expert_steps=384, expert_multiplier=0.25, num_envs=4,
+    train_frames=512, test_frames=160, frame_size=16, num_levels=2, expert_steps=384, expert_multiplier=0.25, num_envs=4,
     rollout_steps=32, minibatches=2, epochs=1,
 )  # fmt: skip
 SCRIPTS = dict(
@@ -42,7 +42,7 @@ SCRIPTS = dict(
     )),
     train_latent_bc=(train_latent_bc, dict(multiplier=0.25, grad_steps=16, batch_size=32, eval_every=5, eval_windows=64, pool_frames=300)),
     decode_online_ppo=(decode_online_ppo, dict(
-        compile=False, num_envs=4, head_rollout_steps=16, env_steps=640, minibatches=2, epochs=1, log_every_steps=192,
+        num_envs=4, head_rollout_steps=16, env_steps=640, minibatches=2, epochs=1, log_every_steps=192,
         refit_from=128, refit_each_until=256, refit_every=2, refit_until=400, refit_epochs=1,
         action_lr_ramp=(0, 64, 0.25), value_lr_ramp=(0, 64, 0.25), hidden_lr_ramp=(0, 64, 0.1),
     )),

@@ -162,7 +162,7 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     where = dict(game="starpilot", device="cpu", data_dir=root / "data", runs_dir=root / "runs")
     collect_data.main(collect_data.Args(
-        **where, compile=False, experts_dir=root / "experts", expert_steps=64, num_envs=4, rollout_steps=64, frame_size=16, expert_multiplier=0.25,
+        **where, experts_dir=root / "experts", expert_steps=64, num_envs=4, rollout_steps=64, frame_size=16, expert_multiplier=0.25,
         train_frames=512, test_frames=256,
     ))  # fmt: skip
     train_latent_dynamics.main(train_latent_dynamics.Args(
