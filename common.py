@@ -18,10 +18,12 @@ import time
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 try:
@@ -147,14 +149,19 @@ def distinct_actions(game):
 
 
 def pick_device(name):
-    """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device; asked for and absent ends the run."""
+    """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device; asked for and absent ends the run. Under torchrun each process has its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if dist.is_initialized() and name.startswith("cuda"):
+        if name != "cuda":
+            fail(f"--device {name} puts all processes on one GPU; under torchrun leave --device out")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} is not usable here ({str(error).splitlines()[0]}); try --device cpu")
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # else every process would also take some memory of the first GPU
         torch.set_float32_matmul_precision("high")  # TF32, which convolutions use by default
         torch.backends.cudnn.benchmark = True  # shapes hardly change
     return device
@@ -211,6 +218,54 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def process():
+    """This process's number (its rank) and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def leads():
+    """Whether this is the process that reports and writes: the only one, or rank 0."""
+    return process()[0] == 0
+
+
+@contextlib.contextmanager
+def process_group():
+    """Under torchrun: joins the processes that it started, and leaves them when all are done. Else: nothing.
+
+    All but rank 0 print nothing but errors. When one fails, the calls in which others wait for it fail as well; only the first
+    of them tells why.
+    """
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+        yield
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # each for the tensors of its device
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere) if rank else contextlib.nullcontext():
+            print(f"{size} processes share the work: each has its own shards, and the numbers below are those of each")
+            yield
+        if rank:
+            store.wait(["done"], timedelta(days=30))  # rank 0 may still be labelling; it must not find the others gone
+        else:
+            store.set("done", "")
+    except BaseException as error:
+        if store.add("failed", 1) > 1:
+            raise SystemExit(1) from None
+        if isinstance(error, RuntimeError) and "gloo" in str(error):
+            fail("another process has ended and told no reason (out of memory?); --resume goes on from the last state")
+        raise
+    dist.destroy_process_group()
+
+
+def parallel(network):
+    """The network, with gradients that backward() averages over all processes if there are several."""
+    return torch.nn.parallel.DistributedDataParallel(network) if dist.is_initialized() else network
 
 
 # --- games ---------------------------------------------------------------------------------------------------------
@@ -475,7 +530,8 @@ def load_checkpoint(path, kind, game, made_by):
 
 def progress_bar(total, unit, description=None):
     """tqdm's bar; where nobody watches (a log file) it prints seldom."""
-    return tqdm(total=total, unit=unit, desc=description, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20.0)
+    pace = 0.5 if sys.stderr.isatty() else 20.0
+    return tqdm(total=total, unit=unit, desc=description, dynamic_ncols=True, mininterval=pace, disable=not leads())
 
 
 def in_threads(function, items, threads):
@@ -508,14 +564,16 @@ class MetricsLog:
 
     def __init__(self, path, total, unit):
         self.path = Path(path)
-        write_bytes(self.path, b"")
+        if leads():
+            write_bytes(self.path, b"")
         self.bar = progress_bar(total, unit)
 
     def state_dict(self):
         return dict(csv=self.path.read_bytes().decode(), done=self.bar.n)
 
     def load_state_dict(self, saved):
-        write_bytes(self.path, saved["csv"].encode())  # rows that came after the state are gone, to be written anew
+        if leads():
+            write_bytes(self.path, saved["csv"].encode())  # rows that came after the state are gone, to be written anew
         self.bar.n = self.bar.initial = saved["done"]
 
     def write(self, **row):
@@ -575,21 +633,17 @@ class RunState:
 
     SIGTERM and Ctrl-C: the run saves and stops where it next asks due(), or at once where it does not ask; a second one stops
     it at once. While it lasts, no other process can run the same in this folder.
+
+    Under torchrun rank 0 alone writes and takes the lock; the others read its state to go on from, and stop when it says so.
     """
 
     def __init__(self, folder, name, args):
         self.path, self.kind, self.args = Path(folder) / f"{name}_state.pt", f"{name}_state", args
         self.flags = {flag: str(value) for flag, value in vars(args).items() if flag not in MAY_DIFFER}
         self.step, self.values, self.saved = 0, {}, {}
-        self.signal, self.asking, self.time = None, False, time.monotonic()
-        with writing(folder):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.lock = open(Path(folder) / f".{name}.lock", "a")
-        try:
-            if fcntl:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends, however it does
-        except OSError:
-            fail(f"another process runs {name} in {folder}; wait for it, or give this one its own --runs-dir")
+        self.signal, self.stop, self.asking, self.time = None, None, False, time.monotonic()
+        if leads():
+            self._lock(folder, name)
         self.others = self.path.exists() and not args.resume  # a state that is not this run's
         if self.others:
             minutes = f"{args.checkpoint_minutes:g} minutes"
@@ -601,6 +655,16 @@ class RunState:
             del self.handlers[signal.SIGINT]
         for number in self.handlers:
             signal.signal(number, self._on_signal)
+
+    def _lock(self, folder, name):
+        with writing(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.lock = open(Path(folder) / f".{name}.lock", "a")
+        try:
+            if fcntl:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends, however it does
+        except OSError:
+            fail(f"another process runs {name} in {folder}; wait for it, or give this one its own --runs-dir")
 
     def _read(self):
         content = load_checkpoint(self.path, self.kind, self.args.game, "the same command without --resume")
@@ -622,7 +686,7 @@ class RunState:
 
     def begin(self):
         """From here on the run has left a trace, by which --resume knows that older products are not its own."""
-        if not self.path.exists():
+        if leads() and not self.path.exists():
             save_checkpoint(self.path, kind=self.kind, game=self.args.game, flags=self.flags, step=0, values={}, parts={}, rng={})
 
     def load(self, parts):
@@ -651,12 +715,18 @@ class RunState:
     def due(self, last=False):
         """Whether to save at the end of this step: it is time, the run was told to stop, or nothing will ask after this."""
         self.asking = not last
-        return last or self.signal is not None or time.monotonic() - self.time > 60 * self.args.checkpoint_minutes
+        self.stop = self.signal
+        due = last or self.stop is not None or time.monotonic() - self.time > 60 * self.args.checkpoint_minutes
+        if dist.is_initialized():  # all stop at the same step, when rank 0 does; a tensor on the CPU waits for no GPU
+            word = torch.tensor([due, self.stop or 0])
+            dist.broadcast(word, src=0)
+            due, self.stop = word.tolist()
+        return bool(due)
 
     def save(self, step, parts, **values):
         """Writes the state after `step`; values: tensors and plain values. Ends the run if it was told to stop."""
         check_finite(step, self.path, *(part for part in parts.values() if isinstance(part, torch.nn.Module)))
-        if not (self.signal and self.others):  # who stops a run so soon may have meant the one that lies there
+        if leads() and not (self.stop and self.others):  # who stops a run so soon may have meant the one that lies there
             kind, key, *rest = np.random.get_state()
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
             save_checkpoint(
@@ -665,13 +735,16 @@ class RunState:
                 rng=dict(python=random.getstate(), numpy=(kind, key.tolist(), *rest), torch=torch.get_rng_state(), cuda=cuda),
             )  # fmt: skip
             self.step, self.others, self.time = step, False, time.monotonic()
-        if self.signal:
+        if self.stop:
             self._stop()
 
     def _on_signal(self, number, _):
+        if self.asking and not leads():  # torchrun tells every process; rank 0 will say at which step
+            return
         self._restore_handlers()
         self.signal = number
         if not self.asking:
+            self.stop = number
             self._stop()
         os.write(2, b"\nstops at the end of this step; once more stops it at once\n")  # print() may not be called in a handler
 
@@ -681,14 +754,16 @@ class RunState:
 
     def _stop(self):
         where = f"{self.path} is still of the run before" if self.others else f"{self.path} is at step {self.step:,}"
-        tqdm.write(f"stopped: {where}; go on with --resume", file=sys.stderr)
-        raise SystemExit(128 + self.signal)
+        if leads():
+            tqdm.write(f"stopped: {where}; go on with --resume", file=sys.stderr)
+        raise SystemExit(128 + self.stop)
 
     def finish(self):
         """The run has done all that it had to."""
-        self.path.unlink(missing_ok=True)
+        if leads():
+            self.path.unlink(missing_ok=True)
+            self.lock.close()
         self._restore_handlers()
-        self.lock.close()
 
 
 def run_folder(runs_dir, game, vq):
@@ -790,11 +865,14 @@ class FrameStore:
 
     Holds `pool_frames` frames at most, on `device` where they fit. Where there are more on disk, threads read the next
     shards ahead, and after as many draws as the oldest shard has windows that shard gives way: each window is drawn about
-    once a pass.
+    once a pass. Of several processes, each has every n-th shard to itself, and random numbers of its own.
     """
 
     def __init__(self, folder, game, context, pool_frames, seed, device, latents_dir=None, dynamics=None):
-        self.paths = list_shards(folder, "frames", f"python collect_data.py --game {game}")
+        paths, (rank, size) = list_shards(folder, "frames", f"python collect_data.py --game {game}"), process()
+        if len(paths) < size:
+            fail(f"{folder} holds too few shards ({len(paths)}) for {size} processes; start fewer processes, or record more frames")
+        self.paths, seed = paths[rank::size], derive_seed(seed, f"process {rank}") if rank else seed
         self.game, self.context, self.latents_dir, self.dynamics, self.device = game, context, latents_dir, dynamics, device
         rows = [count_rows(path) for path in self.paths]
         self.num_frames, self.slot_rows = sum(rows), max(rows)
@@ -871,8 +949,16 @@ class FrameStore:
         )  # fmt: skip
 
     def load_state_dict(self, saved):
+        if not leads():  # the state is rank 0's, of other shards: this one draws from its own anew, in an order not seen before
+            self.generator.set_state(saved["generator"])
+            seed = torch.randint(2**31, (), generator=self.generator)
+            self.generator.manual_seed(derive_seed(int(seed), f"process {process()[0]}"))
+            return
         if saved["data"] != self.state_dict()["data"]:
-            fail(f"{self.paths[0].parent} or its latents are not those that the run began with; start it anew without --resume")
+            fail(
+                f"{self.paths[0].parent}, its latents or the number of processes are not those that the run began with; "
+                "start it anew without --resume"
+            )
         for slot, index in enumerate(saved["slots"]):
             if index != self.shard_of_slot[slot]:
                 self._fill(slot, index, self._read(index))
