@@ -45,7 +45,7 @@ class Args:
     resume: bool = False
     """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
     compile: bool = True
-    """On a GPU, compile the networks (torch.compile with CUDA graphs); on a CPU that takes minutes, and is left aside."""
+    """On a GPU, compile the networks (torch.compile with CUDA graphs); left aside on a CPU, where it takes minutes, and under torchrun."""
 
     train_frames: int = 8_000_000
     """Frames to record for training (section 5: about 8M); 0 trains the expert only."""
@@ -221,7 +221,7 @@ def train_expert(args, device, path, run_state):
     generator = torch.Generator(device).manual_seed(seed)
     # Cobbe et al. left VecNormalize's own discount of 0.99 in place; gamma here, as CleanRL and others do since
     normalize_rewards = RewardNormalizer(args.num_envs, args.gamma)
-    compile = args.compile and device.type == "cuda"
+    compile = common.compiles(args, device)
     forward = common.compiled(policy.forward, compile)
     minibatch_loss = common.compiled(
         lambda obs, *rest: ppo_loss(*policy(obs), *rest, args.clip, args.value_coef, args.entropy_coef), compile
@@ -418,7 +418,7 @@ def main(args):
     seed = common.derive_seed(args.seed, "evaluate expert")
     envs = common.HalvedEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
     generator = torch.Generator(device).manual_seed(seed)
-    forward = common.compiled(policy.forward, args.compile and device.type == "cuda")
+    forward = common.compiled(policy.forward, common.compiles(args, device))
     returns = common.evaluate(envs, lambda obs: sample_actions(forward(common.to_device(obs, device))[0], generator).cpu(), 4)
     print(
         f"expert: mean return {returns.mean():.2f} over {returns.size} episodes of {args.num_levels or 'all'} levels "

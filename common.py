@@ -189,6 +189,11 @@ def to_device(array, device):
     return tensor.to(device, non_blocking=True)
 
 
+def compiles(args, device):
+    """Whether to compile: on GPUs, and not under torchrun, where the exchange of gradients breaks the graph."""
+    return args.compile and device.type == "cuda" and not dist.is_initialized()
+
+
 def compiled(function, on):
     """`function`, compiled where `on`, with CUDA graphs on a GPU: one launch in place of one for each operation.
 

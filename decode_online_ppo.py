@@ -51,7 +51,7 @@ class Args:
     resume: bool = False
     """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
     compile: bool = True
-    """On a GPU, compile the networks (torch.compile with CUDA graphs); on a CPU that takes minutes, and is left aside."""
+    """On a GPU, compile the networks (torch.compile with CUDA graphs); left aside on a CPU, where it takes minutes, and under torchrun."""
     vq: bool = True
     """Quantise the latent actions; --no-vq is the paper's ablation (A.2), whose runs go to <runs-dir>/<game>_no_vq."""
     log_every_steps: int = 50_000
@@ -611,7 +611,7 @@ def main(args):
             common.fail(f"the decoder would never be fitted in {updates} updates of {t * b} steps; see --refit-from, --refit-until")
     policy.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
-    compile = args.compile and device.type == "cuda"
+    compile = common.compiles(args, device)
     encode_frames = common.compiled(lambda frames: encode(latent_policy, frames), compile)
     forward = common.compiled(policy.forward, compile)
     minibatch_loss = common.compiled(

@@ -69,7 +69,7 @@ class Args:
     grad_steps: int = 70_000
     """Updates (not known for ILPO; those of stage 1)."""
     batch_size: int = 128
-    """Windows an update (A.4)."""
+    """Windows an update (A.4); under torchrun, of each process."""
     lr: float = 2e-4
     """Adam's learning rate, constant (Edwards et al.)."""
     adam_beta1: float = 0.5
@@ -208,6 +208,50 @@ class FDM(nn.Module):
 # --- training ------------------------------------------------------------------------------------------------------
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """x -> its sum over all processes; on the way back, the sum of the gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverProcesses.forward(ctx, gradient)
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm by the mean and variance over the batches of all processes (torch's own, SyncBatchNorm, needs GPUs)."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            # the running mean is the same everywhere and near the mean: about it, squares lose little to the square of the mean
+            values = x.float() - self.running_mean[:, None, None]  # (B, C, S, S)
+            count = torch.distributed.get_world_size() * values.numel() / values.shape[1]  # batches are of one size
+            sums = SumOverProcesses.apply(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))]))  # (2, C)
+            mean, square = sums / count
+            variance = square - mean.square()  # (C,)
+            scale = self.weight * (variance + self.eps).rsqrt()
+            out = (values - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean += self.momentum * mean
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return out.to(x.dtype)
+
+
+def share_batch_norms(network):
+    """Replaces the batch norms of a fresh network by such over all processes, if there are several."""
+    for module in list(network.modules()) if torch.distributed.is_initialized() else ():
+        for name, norm in module.named_children():
+            if isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, SharedBatchNorm2d(norm.num_features))
+
+
 def predict_all(generator, past, latents):
     """What each latent would lead to: past uint8 (B, k + 1, S, S, 3) -> o_{t+1} (B, K, 3, S, S), K passes for each window."""
     z = torch.eye(latents, device=past.device).repeat(len(past), 1)  # (B * K, K): every latent beside every window
@@ -311,6 +355,7 @@ def main(args):
     )
     policy = DiscreteLatentPolicy(store.frame_size, args.multiplier, args.latents).to(device, memory_format=torch.channels_last)
     generator = FDM(store.frame_size, args.context, args.latents, args.fdm_width, predict_change=True)
+    share_batch_norms(generator)
     generator.to(device, memory_format=torch.channels_last)
     parameters = [*policy.parameters(), *generator.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=(args.adam_beta1, 0.999), fused=True)
@@ -324,15 +369,16 @@ def main(args):
     log = common.MetricsLog(run / "train_ilpo.csv", args.grad_steps, "step")
     parts = dict(policy=policy, generator=generator, optimizer=optimizer, store=store, log=log)
     run_state.load(parts)
+    networks = (common.parallel(policy), common.parallel(generator))
     for grad_step in range(run_state.step + 1, args.grad_steps + 1):
         windows = store.sample_windows(args.batch_size)
         with common.autocast(args.precision, device):
-            loss, error, expected_error = ilpo_loss(policy, generator, windows, args.latents)
+            loss, error, expected_error = ilpo_loss(*networks, windows, args.latents)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         log.bar.update()
-        if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
+        if common.leads() and (grad_step % args.eval_every == 0 or grad_step == args.grad_steps):
             log.write(
                 grad_step=grad_step, train_error=error.detach(), train_expected_error=expected_error.detach(),
                 **report(policy, generator, train, test, args.latents, device),
@@ -352,4 +398,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with common.process_group():
+        main(tyro.cli(Args))

@@ -42,7 +42,7 @@ class Args:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks: fp32, or bf16 by autocast with fp32 weights; auto takes bf16 on a GPU."""
     compile: bool = True
-    """On a GPU, compile the networks (torch.compile with CUDA graphs); on a CPU that takes minutes, and is left aside."""
+    """On a GPU, compile the networks (torch.compile with CUDA graphs); left aside on a CPU, where it takes minutes, and under torchrun."""
     vq: bool = True
     """Quantise the latent actions; --no-vq is the paper's ablation (A.2), whose runs go to <runs-dir>/<game>_no_vq."""
     pool_frames: int = 1_000_000
@@ -57,7 +57,7 @@ class Args:
     grad_steps: int = 60_000
     """Updates (A.4)."""
     batch_size: int = 128
-    """Windows an update (A.4)."""
+    """Windows an update (A.4); under torchrun, of each process."""
     lr: float = 2e-4
     """Adam's peak learning rate (A.4)."""
     warmup_steps: int = 1000
@@ -167,17 +167,18 @@ def main(args):
     log = common.MetricsLog(run / "train_latent_bc.csv", args.grad_steps, "step")
     parts = dict(policy=policy, optimizer=optimizer, schedule=schedule, store=store, log=log)
     run_state.load(parts)
-    loss_of = common.compiled(imitation_loss, args.compile and device.type == "cuda")
+    network = common.parallel(policy)
+    loss_of = common.compiled(imitation_loss, common.compiles(args, device))
     for grad_step in range(run_state.step + 1, args.grad_steps + 1):
         obs, z = store.sample_latents(args.batch_size)
         optimizer.zero_grad()  # before a compiled forward pass, which takes the memory of the last gradients
         with common.autocast(args.precision, device):
-            loss = loss_of(policy, obs, z)
+            loss = loss_of(network, obs, z)
         loss.backward()
         optimizer.step()
         schedule.step()
         log.bar.update()
-        if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
+        if common.leads() and (grad_step % args.eval_every == 0 or grad_step == args.grad_steps):
             common.check_finite(grad_step, run / "latent_policy.pt", policy)
             log.write(grad_step=grad_step, train_error=loss.detach(), **report(policy, test_obs, test_z))
             common.save_checkpoint(
@@ -193,4 +194,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with common.process_group():
+        main(tyro.cli(Args))

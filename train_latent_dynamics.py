@@ -47,7 +47,7 @@ class Args:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks: fp32, or bf16 by autocast with fp32 weights; auto takes bf16 on a GPU."""
     compile: bool = True
-    """On a GPU, compile the networks (torch.compile with CUDA graphs); on a CPU that takes minutes, and is left aside."""
+    """On a GPU, compile the networks (torch.compile with CUDA graphs); left aside on a CPU, where it takes minutes, and under torchrun."""
     vq: bool = True
     """Quantise the latent actions; --no-vq is the paper's ablation (A.2), whose runs go to <runs-dir>/<game>_no_vq."""
     pool_frames: int = 1_000_000
@@ -80,7 +80,7 @@ class Args:
     grad_steps: int = 70_000
     """Updates (A.4)."""
     batch_size: int = 128
-    """Windows an update (A.4)."""
+    """Windows an update (A.4); under torchrun, of each process."""
     lr: float = 2e-4
     """Adam's peak learning rate (A.4)."""
     warmup_steps: int = 50
@@ -172,12 +172,17 @@ class EMAVectorQuantizer(nn.Module):
     def update(self, x, codes):
         """Moves the averages towards x (C, B * P, E), assigned to codes (C, B * P), and revives dead codes."""
         one_hot = F.one_hot(codes, self.embedding.shape[1]).to(x.dtype)  # (C, B * P, K)
-        self.count.lerp_(one_hot.sum(1), 1 - self.decay)
-        self.total.lerp_(one_hot.transpose(1, 2) @ x, 1 - self.decay)
-        # a code used ten times less than its fair share restarts on a random piece of this batch, as if it had that share
-        fair = x.shape[1] / self.embedding.shape[1]
-        dead = self.count < 0.1 * fair  # (C, K)
+        uses, sums, num_pieces = one_hot.sum(1), one_hot.transpose(1, 2) @ x, x.shape[1]  # (C, K), (C, K, E)
         pieces = x[:, torch.randint(x.shape[1], (self.embedding.shape[1],), device=x.device)]  # (C, K, E)
+        if torch.distributed.is_initialized():  # the codebooks of all processes follow the pieces of all, and stay the same
+            torch.distributed.all_reduce(uses), torch.distributed.all_reduce(sums)
+            torch.distributed.broadcast(pieces, src=0)
+            num_pieces *= torch.distributed.get_world_size()
+        self.count.lerp_(uses, 1 - self.decay)
+        self.total.lerp_(sums, 1 - self.decay)
+        # a code used ten times less than its fair share restarts on a random piece of this batch, as if it had that share
+        fair = num_pieces / self.embedding.shape[1]
+        dead = self.count < 0.1 * fair  # (C, K)
         self.count.copy_(torch.where(dead, fair, self.count))
         self.total.copy_(torch.where(dead[..., None], fair * pieces, self.total))
         self.embedding.copy_(self.total / self.count[..., None])
@@ -278,6 +283,50 @@ class FDM(nn.Module):
 
 
 # --- training ------------------------------------------------------------------------------------------------------
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """x -> its sum over all processes; on the way back, the sum of the gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverProcesses.forward(ctx, gradient)
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm by the mean and variance over the batches of all processes (torch's own, SyncBatchNorm, needs GPUs)."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            # the running mean is the same everywhere and near the mean: about it, squares lose little to the square of the mean
+            values = x.float() - self.running_mean[:, None, None]  # (B, C, S, S)
+            count = torch.distributed.get_world_size() * values.numel() / values.shape[1]  # batches are of one size
+            sums = SumOverProcesses.apply(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))]))  # (2, C)
+            mean, square = sums / count
+            variance = square - mean.square()  # (C,)
+            scale = self.weight * (variance + self.eps).rsqrt()
+            out = (values - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean += self.momentum * mean
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return out.to(x.dtype)
+
+
+def share_batch_norms(network):
+    """Replaces the batch norms of a fresh network by such over all processes, if there are several."""
+    for module in list(network.modules()) if torch.distributed.is_initialized() else ():
+        for name, norm in module.named_children():
+            if isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, SharedBatchNorm2d(norm.num_features))
 
 
 def dynamics_loss(idm, quantizer, fdm, windows, commitment):
@@ -385,7 +434,9 @@ def main(args):
     )
     z_dim = args.codebooks * args.latents_per_codebook * args.embedding_dim
     idm = IDM(store.frame_size, args.context, args.multiplier, z_dim).to(device, memory_format=torch.channels_last)
-    fdm = FDM(store.frame_size, args.context, z_dim, args.fdm_width, args.predict_change).to(device, memory_format=torch.channels_last)
+    fdm = FDM(store.frame_size, args.context, z_dim, args.fdm_width, args.predict_change)
+    share_batch_norms(fdm)
+    fdm.to(device, memory_format=torch.channels_last)
     quantizer = NoQuantizer()
     if args.vq:
         quantizer = EMAVectorQuantizer(
@@ -405,18 +456,19 @@ def main(args):
     log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step")
     parts = dict(idm=idm, quantizer=quantizer, fdm=fdm, optimizer=optimizer, schedule=schedule, store=store, log=log)
     run_state.load(parts)
-    loss_of = common.compiled(dynamics_loss, args.compile and device.type == "cuda")
+    networks = (common.parallel(idm), quantizer, common.parallel(fdm))
+    loss_of = common.compiled(dynamics_loss, common.compiles(args, device))
     for grad_step in range(run_state.step + 1, args.grad_steps + 1):
         windows = store.sample_windows(args.batch_size)
         optimizer.zero_grad()  # before a compiled forward pass, which takes the memory of the last gradients
         with common.autocast(args.precision, device):
-            loss, error, commitment_loss = loss_of(idm, quantizer, fdm, windows, args.commitment)
+            loss, error, commitment_loss = loss_of(*networks, windows, args.commitment)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         schedule.step()
         log.bar.update()
-        if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
+        if common.leads() and (grad_step % args.eval_every == 0 or grad_step == args.grad_steps):
             common.check_finite(grad_step, run / "latent_dynamics.pt", idm, quantizer, fdm)
             figures = report(idm, quantizer, fdm, train, test)
             log.write(grad_step=grad_step, train_error=error.detach(), commitment=commitment_loss.detach(), **figures)
@@ -440,11 +492,12 @@ def main(args):
     log.bar.close()
 
     idm.eval(), quantizer.eval()
-    for split in ("train", "test"):
+    for split in ("train", "test") if common.leads() else ():
         write_latents(idm, quantizer, data / split, run / split, args.game, args.context, device)
     run_state.finish()
     print(f"latents and checkpoint: {run}\nnext: python train_latent_bc.py --game {args.game}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with common.process_group():
+        main(tyro.cli(Args))

@@ -152,12 +152,17 @@ class EMAVectorQuantizer(nn.Module):
     def update(self, x, codes):
         """Moves the averages towards x (C, B * P, E), assigned to codes (C, B * P), and revives dead codes."""
         one_hot = F.one_hot(codes, self.embedding.shape[1]).to(x.dtype)  # (C, B * P, K)
-        self.count.lerp_(one_hot.sum(1), 1 - self.decay)
-        self.total.lerp_(one_hot.transpose(1, 2) @ x, 1 - self.decay)
-        # a code used ten times less than its fair share restarts on a random piece of this batch, as if it had that share
-        fair = x.shape[1] / self.embedding.shape[1]
-        dead = self.count < 0.1 * fair  # (C, K)
+        uses, sums, num_pieces = one_hot.sum(1), one_hot.transpose(1, 2) @ x, x.shape[1]  # (C, K), (C, K, E)
         pieces = x[:, torch.randint(x.shape[1], (self.embedding.shape[1],), device=x.device)]  # (C, K, E)
+        if torch.distributed.is_initialized():  # the codebooks of all processes follow the pieces of all, and stay the same
+            torch.distributed.all_reduce(uses), torch.distributed.all_reduce(sums)
+            torch.distributed.broadcast(pieces, src=0)
+            num_pieces *= torch.distributed.get_world_size()
+        self.count.lerp_(uses, 1 - self.decay)
+        self.total.lerp_(sums, 1 - self.decay)
+        # a code used ten times less than its fair share restarts on a random piece of this batch, as if it had that share
+        fair = num_pieces / self.embedding.shape[1]
+        dead = self.count < 0.1 * fair  # (C, K)
         self.count.copy_(torch.where(dead, fair, self.count))
         self.total.copy_(torch.where(dead[..., None], fair * pieces, self.total))
         self.embedding.copy_(self.total / self.count[..., None])
