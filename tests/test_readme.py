@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import common
 from test_copies import SCRIPTS, flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,8 @@ def test_every_file_named_exists():
 
 def test_every_flag_named_exists():
     known = {flag for source in SCRIPTS.values() for flag in spellings(source)} | {"--help"}
+    known |= {"--standalone", "--nproc-per-node"}  # torchrun's
+    known |= {"--array", "--gpus", "--cpus-per-task", "--mem", "--time", "--requeue"}  # Slurm's
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert len(named) >= 5 and named <= known, named - known
 
@@ -34,6 +37,10 @@ def test_commands_use_flags_that_their_script_has():
         assert commands
         for script, rest in commands:
             assert set(re.findall(r"--[a-z-]+", rest)) <= spellings(SCRIPTS[script]), (script, rest)
+
+
+def test_the_slurm_array_plays_every_game():
+    assert re.search(r"games=\(([^)]*)\)", README)[1].split() == list(common.RETURNS)
 
 
 def test_nothing_was_left_to_fill_in():
