@@ -57,6 +57,8 @@ class Args:
     """First level of the game."""
     num_levels: int = 0
     """Number of levels; 0 means all of them (the paper's)."""
+    temperature: float = 1.0
+    """Divides the expert's logits where it is evaluated and recorded: 1 samples its policy (the paper's), less is less random."""
 
     expert_steps: int = 25_000_000
     """Environment steps of PPO (Cobbe et al.: 25M)."""
@@ -298,6 +300,11 @@ def load_expert(args, device, path):
 # --- recording -----------------------------------------------------------------------------------------------------
 
 
+def acting(policy, temperature, generator):
+    """A function of obs uint8 [B, S, S, 3] (numpy) that returns sampled actions int64 (B,) on the CPU."""
+    return lambda obs: sample_actions(policy(common.to_device(obs, generator.device))[0] / temperature, generator).cpu()
+
+
 @torch.no_grad()
 def play(envs, act, length):
     """`length` steps of all games: frames uint8 [B, T, S, S, 3], firsts bool, actions uint8 and rewards float32 [B, T].
@@ -342,9 +349,7 @@ def record(args, device, policy, split, num_frames, expert_return, run_state):
         run_state.load(parts)
         done = run_state.step
         bar.update(min(done * args.rollout_steps, steps) * args.num_envs)
-
-    def act(obs):
-        return sample_actions(policy(common.to_device(obs, device))[0], generator).cpu()
+    act = acting(policy, args.temperature, generator)
 
     def played():
         """Shard after shard as it is played, with the state that it leaves behind."""
@@ -419,7 +424,7 @@ def main(args):
     envs = common.HalvedEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
     generator = torch.Generator(device).manual_seed(seed)
     forward = common.compiled(policy.forward, common.compiles(args, device))
-    returns = common.evaluate(envs, lambda obs: sample_actions(forward(common.to_device(obs, device))[0], generator).cpu(), 4)
+    returns = common.evaluate(envs, acting(forward, args.temperature, generator), 4)
     print(
         f"expert: mean return {returns.mean():.2f} over {returns.size} episodes of {args.num_levels or 'all'} levels "
         f"after {env_step:,} steps of PPO (the paper's, on all levels: {common.RETURNS[args.game][1]:.2f})"

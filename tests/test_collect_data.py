@@ -282,6 +282,21 @@ def test_the_recorded_actions_replay_the_recorded_frames(recorded, split):
         assert moved.mean() > 0.5
 
 
+def test_a_low_temperature_records_the_likeliest_actions(recorded, tmp_path):
+    args = small_args(tmp_path, experts_dir=recorded.experts_dir, temperature=1e-6)
+    collect.main(args)
+    policy, _ = collect.load_expert(args, "cpu", args.experts_dir / "bigfish.pt")
+
+    def share_of_likeliest(args):
+        path = args.data_dir / "bigfish/test/frames_000.npz"
+        with torch.no_grad():
+            likeliest = policy(torch.from_numpy(common.read_frames(path, "bigfish")[0]))[0].argmax(-1)
+        return (likeliest.numpy() == common.read_labels(path, "bigfish")["action"]).mean()
+
+    assert share_of_likeliest(args) == 1
+    assert share_of_likeliest(recorded) < 0.5  # near uniform over 15 actions
+
+
 def test_a_replay_with_other_actions_gives_other_frames(recorded):
     (obs, _, action, _), _ = read_split(recorded, "train")
     for games, half in replay_envs("train").halves:
