@@ -525,6 +525,26 @@ def write_latents(folder, rows, shard, valid):
     common.save_npz(folder / f"latents_{shard:03d}.npz", z=z, codes=np.zeros((rows, 8), np.uint8), valid=valid, dynamics="abc")
 
 
+def test_more_readers_draw_the_same_windows(tmp_path, monkeypatch):
+    for shard in range(7):
+        write_frames(tmp_path, name=f"frames_{shard:03d}.npz", shard=shard)
+
+    def draws(cores, resumed_after=None):
+        monkeypatch.setattr(common, "num_cores", lambda: cores)
+        store, drawn = common.FrameStore(tmp_path, "maze", 1, 100, 3, CPU), []
+        for step in range(60):
+            if step == resumed_after:
+                state, store = store.state_dict(), common.FrameStore(tmp_path, "maze", 1, 100, 3, CPU)
+                store.load_state_dict(state)
+            drawn.append(store.sample_windows(8))
+        return torch.cat(drawn)
+
+    assert common.FrameStore(tmp_path, "maze", 1, 100, 3, CPU).num_readers < 4
+    one_reader = draws(cores=1)
+    assert torch.equal(one_reader, draws(cores=32))
+    assert torch.equal(one_reader, draws(cores=32, resumed_after=31))
+
+
 def test_frames_are_paired_with_their_own_latents(tmp_path):
     for shard in range(4):
         write_frames(tmp_path / "frames", rows=30, name=f"frames_{shard:03d}.npz", shard=shard)
