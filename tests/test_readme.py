@@ -25,6 +25,7 @@ def test_every_file_named_exists():
 
 def test_every_flag_named_exists():
     known = {flag for source in SCRIPTS.values() for flag in spellings(source)} | {"--help"}
+    known |= spellings((ROOT / "tests/benchmark.py").read_text())
     known |= {"--standalone", "--nproc-per-node"}  # torchrun's
     known |= {"--array", "--gpus", "--cpus-per-task", "--mem", "--time", "--requeue"}  # Slurm's
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
