@@ -479,10 +479,12 @@ def label_transitions(labeller, frames, firsts, actions, batch_size=512):
     """
     length = len(frames) - len(actions) + 1  # k + 2 frames a window
     episode = firsts.long().cumsum(0)
-    t, b = (episode[length - 1 :] == episode[: 1 - length]).nonzero(as_tuple=True)  # t: a window's first row, and its step
+    within = episode[length - 1 :] == episode[: 1 - length]  # (T, B): whether the window lies in one episode
+    # all windows are labelled, in batches of one size, for which cuDNN has to choose kernels once
+    t, b = torch.ones_like(within).nonzero(as_tuple=True)  # t: a window's first row, and its step
     rows = t[:, None] + torch.arange(length, device=t.device)
     z = [labeller(frames[some_rows, some_b[:, None]]) for some_rows, some_b in zip(rows.split(batch_size), b.split(batch_size))]
-    return torch.cat(z), actions[t, b]
+    return torch.cat(z)[within.flatten()], actions[within]
 
 
 def fit_decoder(z, action, epochs, batch_size, lr, label_smoothing, generator, standardize=True):

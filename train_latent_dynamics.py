@@ -159,7 +159,9 @@ class EMAVectorQuantizer(nn.Module):
         c, e, p = self.shape
         x = z.float().view(-1, c, e, p).permute(1, 0, 3, 2).reshape(c, -1, e)  # (C, B * P, E)
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # averages move by thousandths: too fine for bf16
-            codes = torch.cdist(x, self.embedding).argmin(-1)  # (C, B * P)
+            # by differences: by matrix products, codes that lie close together would drown in TF32's rounding
+            distance = torch.cdist(x, self.embedding, compute_mode="donot_use_mm_for_euclid_dist")  # (C, B * P, K)
+            codes = distance.argmin(-1)  # (C, B * P)
             nearest = self.embedding.gather(1, codes[..., None].expand_as(x))  # with the codebook before its update
             if self.training:
                 self.update(x, codes)
@@ -396,12 +398,15 @@ def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device
     def labelled():
         offsets = torch.arange(-context, 2, device=device)
         for path, obs, valid in common.in_threads(read, paths, threads):
-            obs, rows = obs.to(device), torch.from_numpy(np.flatnonzero(valid)).to(device)
+            obs, invalid = obs.to(device), torch.from_numpy(~valid).to(device)
+            # windows across an episode's end as well, to be zeroed: batches of few sizes, for which cuDNN has to choose kernels once
+            rows = torch.arange(context, max(context, len(obs) - 1), device=device)
             parts = [label(idm, quantizer, obs[some[:, None] + offsets]) for some in rows.split(batch_size)]
             z, codes = (torch.cat(part) for part in zip(*parts))
             all_z = torch.zeros(len(obs), z.shape[1], dtype=torch.float16, device=device)
             all_codes = torch.zeros(len(obs), codes.shape[1], dtype=torch.uint8, device=device)
             all_z[rows], all_codes[rows] = z.half(), codes
+            all_z[invalid], all_codes[invalid] = 0, 0
             yield path, all_z.cpu().numpy(), all_codes.cpu().numpy(), valid
 
     def write(latents):

@@ -139,7 +139,9 @@ class EMAVectorQuantizer(nn.Module):
         c, e, p = self.shape
         x = z.float().view(-1, c, e, p).permute(1, 0, 3, 2).reshape(c, -1, e)  # (C, B * P, E)
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # averages move by thousandths: too fine for bf16
-            codes = torch.cdist(x, self.embedding).argmin(-1)  # (C, B * P)
+            # by differences: by matrix products, codes that lie close together would drown in TF32's rounding
+            distance = torch.cdist(x, self.embedding, compute_mode="donot_use_mm_for_euclid_dist")  # (C, B * P, K)
+            codes = distance.argmin(-1)  # (C, B * P)
             nearest = self.embedding.gather(1, codes[..., None].expand_as(x))  # with the codebook before its update
             if self.training:
                 self.update(x, codes)
