@@ -26,7 +26,7 @@ test: .venv/installed
 # agent), half-width networks, the expert in experts/. results/LOG.md tells how the flags were chosen.
 DEMO := --game coinrun --seed $(SEED) --device cpu --data-dir demo/data --runs-dir demo/runs
 demo: .venv/installed
-	@echo "The demo takes about 12 minutes on 2 CPU cores, 3 GB of memory and 0.5 GB of disk."
+	@echo "The demo takes 8 to 12 minutes on 2 CPU cores, 3 GB of memory and 0.5 GB of disk."
 	$(PY) collect_data.py $(DEMO) --train-frames 98_304 --test-frames 16_384 --frame-size 32 --num-levels 5
 	$(PY) train_latent_dynamics.py $(DEMO) --grad-steps 3000 --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --eval-every 500
 	$(PY) train_latent_bc.py $(DEMO) --grad-steps 2000 --lr 1e-3 --multiplier 0.5 --warmup-steps 100 --eval-every 500

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -219,15 +220,21 @@ def in_a_process(function, *arguments):
 
 
 def peak(args, dtype):
-    """Arithmetic peak of the device in multiplications and additions a second, as a large matrix product reaches it."""
+    """Arithmetic peak of the device in multiplications and additions a second, as a large matrix product or convolution reaches it.
+
+    Both, because on some CPUs the library for one of them is far slower than that for the other.
+    """
     device = common.pick_device(args.device)
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    x = torch.randn(n // 64, 256, 32, 32, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     best = 0.0
-    for _ in range(10):
-        begin = time.perf_counter()
-        float((a @ b)[0, 0])  # waits for the GPU
-        best = max(best, 2 * n**3 / (time.perf_counter() - begin))
+    for work, flops in ((lambda: a @ b, 2 * n**3), (lambda: F.conv2d(x, weight, padding=1), 2 * len(x) * 32**2 * 256**2 * 9)):
+        for _ in range(10):
+            begin = time.perf_counter()
+            float(work().flatten()[0])  # waits for the GPU
+            best = max(best, flops / (time.perf_counter() - begin))
     return best
 
 
