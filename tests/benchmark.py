@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -91,8 +92,10 @@ class Watch:
         if self.calls % self.every:
             return
         self.rounds += 1
-        if self.counter and self.flops is None:
-            self.flops = self.counter.get_total_flops()
+        if self.counter and self.rounds == 1:
+            self.flops = -self.counter.get_total_flops()
+        elif self.counter and self.rounds == 2:  # a whole round lies between
+            self.flops += self.counter.get_total_flops()
             self.counter.__exit__(None, None, None)
         if self.start is None:
             if self.rounds == (2 if self.every > 1 else 5):  # the warm-up is over
@@ -177,7 +180,8 @@ def measure(args, stage, folder, variant, with_parts):
     """Runs one stage until its time is up, in this process. Returns its figures, as a dict."""
     script, unit, _ = STAGES[stage]
     device, found = common.pick_device(args.device), settings_of(args, stage, folder, variant)
-    watch = Watch(device, args.seconds, every=found.epochs * found.minibatches if stage in ("expert", "online") else 1)
+    rollout = dict(expert="rollout_steps", online="head_rollout_steps").get(stage)
+    watch = Watch(device, args.seconds, every=2 * getattr(found, rollout) if rollout else 1)  # both halves of the games act
     adam = torch.optim.Adam
     if with_parts:
         for part, owner, name in (
@@ -188,14 +192,14 @@ def measure(args, stage, folder, variant, with_parts):
             setattr(owner, name, watch.timed(part, getattr(owner, name)))
         if stage not in ("recording", "labelling", "offline"):
             watch.counter = FlopCounterMode(display=False).__enter__()
-    if stage in ("recording", "offline"):
+    if "epochs" in vars(found) or stage == "offline":  # games are played
+        # the policies played before the stage's own work begins
+        common.random_return, common.evaluate = lambda *_: 0.0, common.evaluate if stage == "offline" else lambda *_: np.zeros(1)
         common.ProcgenEnvs.act = watch.counted(common.ProcgenEnvs.act, lambda games, _: games.num_envs)
     elif stage == "labelling":
         script.label = watch.counted(script.label, lambda _, labels: len(labels[0]))
     else:
-        rollout = dict(expert="rollout_steps", online="head_rollout_steps").get(stage)
-        units = found.num_envs * getattr(found, rollout) / watch.every if rollout else found.batch_size
-        adam.step = watch.counted(adam.step, lambda *_: units)
+        adam.step = watch.counted(adam.step, lambda *_: found.batch_size)
 
     with contextlib.suppress(TimeIsUp), silence():
         script.main(found)
@@ -209,7 +213,7 @@ def measure(args, stage, folder, variant, with_parts):
         figures["parts"] = {part: seconds / took for part, seconds in watch.parts.items()}
         figures["parts"]["forward and the rest"] = 1 - sum(figures["parts"].values())
         if watch.flops:
-            figures["flops_per_unit"] = watch.flops / (units * watch.every)
+            figures["flops_per_unit"] = watch.flops / (found.num_envs * getattr(found, rollout) if rollout else found.batch_size)
     return figures
 
 
