@@ -97,8 +97,8 @@ def check_flags(args, zero=(), shares=(), writes=("runs_dir",)):
 
 
 def normalize_return(value, random_return, expert_return):
-    """0 for the random policy, 1 for the expert."""
-    return (value - random_return) / (expert_return - random_return)
+    """0 for the random policy, 1 for the expert; not a number where the expert plays no better or worse than random."""
+    return (value - random_return) / ((expert_return - random_return) or math.nan)
 
 
 # --- actions -------------------------------------------------------------------------------------------------------

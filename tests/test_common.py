@@ -42,6 +42,8 @@ def test_normalized_returns():
         assert low < high, game
         assert common.normalize_return(low, low, high) == 0 and common.normalize_return(high, low, high) == 1
     assert common.normalize_return(7.0, 1.0, 5.0) == 1.5
+    with np.errstate(all="raise"):  # a toy expert may score exactly what random play does
+        assert np.isnan(common.normalize_return(np.float64(3), np.float64(2), np.float64(2)))
 
 
 def test_seeds_differ_by_purpose_and_fit_procgen():
