@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -434,6 +436,17 @@ def test_an_expert_of_other_frames_or_levels_is_refused(recorded, tmp_path, chan
     with pytest.raises(SystemExit, match=rf"\Aerror: .*bigfish.pt {fault}.*python collect_data.py --game bigfish.*\Z"):
         collect.main(args)
     assert not args.data_dir.exists()
+
+
+def test_no_committed_expert_stands_in_the_way_of_the_default_flags():
+    folder = Path(__file__).resolve().parents[1] / "experts"
+    small = sorted((folder / "32x32").glob("*.pt"))
+    assert small  # the demo's
+    for path in [*small, *folder.glob("*.pt")]:
+        defaults = collect.Args(game=path.stem, frame_size=32 if path in small else 64)
+        expert = common.load_checkpoint(path, "expert", path.stem, "")
+        assert path in small or expert["num_levels"] == defaults.num_levels
+        collect.load_expert(replace(defaults, num_levels=expert["num_levels"]), "cpu", path)
 
 
 def test_an_expert_of_another_game_and_an_unknown_game_are_refused(recorded, tmp_path):
