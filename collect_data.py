@@ -7,7 +7,8 @@ reads   experts/<game>.pt (trained first if it is not there)
 writes  experts/<game>.pt, data/<game>/{train,test}/frames_NNN.npz and labels_NNN.npz
 
 paper scale   python collect_data.py --game bigfish
-CPU sized     python collect_data.py --game coinrun --train-frames 80_000 --test-frames 16_000 --frame-size 32
+CPU sized     python collect_data.py --game coinrun --train-frames 80_000 --test-frames 16_000 --frame-size 32 --num-levels 5 \\
+                  --experts-dir experts/32x32
 """
 
 import json

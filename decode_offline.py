@@ -336,7 +336,7 @@ def plot(path, game, labels, returns, random_return, expert_return):
     axes.axhline(random_return, color="gray", linestyle=":", label=f"random policy ({random_return:.2f})")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="labelled frames", ylabel="mean episodic return")
-    axes.set_title(f"{game}: decoded offline, mean and std over {of_method.shape[1]} seeds")
+    axes.set_title(f"{game}: one latent policy, mean and std over {of_method.shape[1]} decoders")
     figure.legend(loc="outside lower center", fontsize="small", ncols=2)
     with common.atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -69,7 +69,7 @@ class Args:
     grad_steps: int = 70_000
     """Updates (not known for ILPO; those of stage 1)."""
     batch_size: int = 128
-    """Windows an update (A.4); under torchrun, of each process."""
+    """Windows (stage 2: frames) an update (A.4); under torchrun, of each process."""
     lr: float = 2e-4
     """Adam's learning rate, constant (Edwards et al.)."""
     adam_beta1: float = 0.5

@@ -80,7 +80,7 @@ class Args:
     grad_steps: int = 70_000
     """Updates (A.4)."""
     batch_size: int = 128
-    """Windows an update (A.4); under torchrun, of each process."""
+    """Windows (stage 2: frames) an update (A.4); under torchrun, of each process."""
     lr: float = 2e-4
     """Adam's peak learning rate (A.4)."""
     warmup_steps: int = 50

@@ -498,14 +498,17 @@ def save_film_gif(path, frames, names, title, columns=4, frames_per_second=5):
 def plot_fdm(path, fdm, windows, z_q, mean_z_q, actions, device, game, num_windows=4, num_actions=6):
     """Held-out windows of the commonest actions: o_t, o_{t+1}, the FDM's guess, and o_t pushed by each action's mean latent.
 
-    Of each action's windows the one is shown whose o_{t+1} differs from its o_t as much as the median. windows uint8
-    [N, k + 2, S, S, 3]; z_q (N, Z); mean_z_q (15, Z); actions int [N], equivalent ones merged.
+    Of each action's windows the one is shown whose o_{t+1} differs from its o_t as much as the median of those in which
+    anything changes. windows uint8 [N, k + 2, S, S, 3]; z_q (N, Z); mean_z_q (15, Z); actions int [N], equivalent ones merged.
     """
     counts = np.bincount(actions)
     shown = np.argsort(-counts, kind="stable")[: min(num_actions, (counts > 0).sum())]
     change = np.square(windows[:, -1].astype(np.float32) - windows[:, -2]).mean((1, 2, 3))
-    of_action = [np.flatnonzero(actions == a) for a in shown[:num_windows]]
-    rows = [candidates[np.argsort(change[candidates])[len(candidates) // 2]] for candidates in of_action]
+    rows = []
+    for a in shown[:num_windows]:
+        by_change = np.flatnonzero(actions == a)[np.argsort(change[actions == a], kind="stable")]
+        still = np.searchsorted(change[by_change], 0, side="right")  # how many show no change at all
+        rows.append(by_change[min((still + len(by_change)) // 2, len(by_change) - 1)])
     past, now = torch.from_numpy(windows[rows, :-1]).to(device), to_input(torch.from_numpy(windows[rows, -2:-1]))
     pushed = torch.stack([fdm(past, mean_z_q[[a] * len(rows)].to(device)).cpu() for a in shown])  # (A, R, 3, S, S)
     after = to_input(torch.from_numpy(windows[rows, -1:]))
@@ -544,7 +547,7 @@ def print_summary(run, game, figures, errors):
     rows = [
         ("true action from z, linear probe", figures["linear"][0], f"majority class {majority[0]:.2f}, untrained IDM {untrained[0]:.2f}"),
         ("  equivalent actions merged", figures["linear"][1], f"majority class {majority[1]:.2f}, untrained IDM {untrained[1]:.2f}"),
-        ("FDM's error, of copying the last frame's", error, f"with shuffled latents {shuffled:.2f}"),
+        ("FDM's error (1: as large as copying o_t)", error, f"with shuffled latents {shuffled:.2f}"),
     ]
     if (run / "decode_offline.npz").exists():
         keys = ("labels", "returns", "random_return", "expert_return")
@@ -652,8 +655,9 @@ def main(args):
     plot_latents(
         run / "latents.png", xy, actions["test"], distinct,
         f"{args.game}: {len(xy):,} held-out latent actions, {dict(umap='UMAP', tsne='t-SNE', pca='PCA')[args.projection]}",
-        f"linear probe {figures['linear'][0]:.2f} (majority class {figures['majority'][0]:.2f}); equivalent actions merged: "
-        f"{figures['linear'][1]:.2f} ({figures['majority'][1]:.2f})",
+        f"linear probe {figures['linear'][0]:.2f} (untrained IDM {figures['untrained_linear'][0]:.2f}, majority class "
+        f"{figures['majority'][0]:.2f}); equivalent actions merged: {figures['linear'][1]:.2f} "
+        f"({figures['untrained_linear'][1]:.2f}, {figures['majority'][1]:.2f})",
     )  # fmt: skip
     plot_fdm(run / "fdm.png", fdm, windows["test"], z_q, mean_z_q, merged, device, args.game)
 

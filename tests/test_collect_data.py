@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import shutil
+import subprocess
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
 
 import collect_data as collect
 import common
@@ -447,6 +450,16 @@ def test_no_committed_expert_stands_in_the_way_of_the_default_flags():
         expert = common.load_checkpoint(path, "expert", path.stem, "")
         assert path in small or expert["num_levels"] == defaults.num_levels
         collect.load_expert(replace(defaults, num_levels=expert["num_levels"]), "cpu", path)
+
+
+def test_the_small_commands_take_an_expert_that_is_there():
+    root = Path(__file__).resolve().parents[1]
+    demo = subprocess.run(["make", "--dry-run", "demo"], cwd=root, capture_output=True, text=True, check=True).stdout
+    commands = re.findall(r"python collect_data.py (.*)", demo + collect.__doc__.replace("\\\n", " "))
+    small = [args for args in (tyro.cli(collect.Args, args=command.split()) for command in commands) if args.frame_size == 32]
+    assert len(small) == 3  # two games in the demo, one in the docstring
+    for args in small:
+        collect.load_expert(args, "cpu", root / args.experts_dir / f"{args.game}.pt")
 
 
 def test_an_expert_of_another_game_and_an_unknown_game_are_refused(recorded, tmp_path):
