@@ -656,7 +656,7 @@ def main(args):
         run / "latents.png", xy, actions["test"], distinct,
         f"{args.game}: {len(xy):,} held-out latent actions, {dict(umap='UMAP', tsne='t-SNE', pca='PCA')[args.projection]}",
         f"linear probe {figures['linear'][0]:.2f} (untrained IDM {figures['untrained_linear'][0]:.2f}, majority class "
-        f"{figures['majority'][0]:.2f}); equivalent actions merged: {figures['linear'][1]:.2f} "
+        f"{figures['majority'][0]:.2f})\nequivalent actions merged: {figures['linear'][1]:.2f} "
         f"({figures['untrained_linear'][1]:.2f}, {figures['majority'][1]:.2f})",
     )  # fmt: skip
     plot_fdm(run / "fdm.png", fdm, windows["test"], z_q, mean_z_q, merged, device, args.game)
