@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -459,20 +460,48 @@ def save_npz(path, **arrays):
     write_bytes(path, npz_bytes(**arrays))
 
 
+# The header that numpy writes before an array. numpy's own reader hands it to Python's parser, whose count of its depth all
+# threads of CPython 3.11 share (its issue 106905): two shards read at once could end in a SystemError, good files in hand.
+NPY_HEADER = re.compile(r"\{'descr': '([<|][biufU]\d+)', 'fortran_order': (True|False), 'shape': \(((?:\d+, )*(?:\d+,?)?)\), \} *\n")
+
+
 def npz_headers(path):
-    """{name: (shape, dtype)} of a .npz; an array that is not as large as its header says raises ValueError, before any is read."""
+    """{name: (shape, dtype, fortran_order, offset)} of a .npz; an array of another size than its header says raises ValueError."""
     headers = {}
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             with archive.open(info) as member:
                 if np.lib.format.read_magic(member) != (1, 0):
-                    raise ValueError("not written by this project")
-                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+                    raise ValueError("a header of another version")
+                header = NPY_HEADER.fullmatch(member.read(int.from_bytes(member.read(2), "little")).decode("latin1"))
+                if not header:
+                    raise ValueError("a header of another form")
+                dtype, shape = np.dtype(header[1]), tuple(int(size) for size in header[3].split(",") if size.strip())
                 fits = info.file_size == member.tell() + math.prod(shape) * dtype.itemsize
-            if not fits or info.file_size > 1100 * os.path.getsize(path):  # deflate shrinks 1032 times at most
-                raise ValueError("an array is not as large as its header says")
-            headers[info.filename.removesuffix(".npy")] = shape, dtype
+                if not fits or info.file_size > 1100 * os.path.getsize(path):  # deflate shrinks 1032 times at most
+                    raise ValueError("an array is not as large as its header says")
+                headers[info.filename.removesuffix(".npy")] = shape, dtype, header[2] == "True", member.tell()
     return headers
+
+
+def read_array(archive, name, shape, dtype, fortran_order, offset):
+    """One array of an open .npz, as npz_headers describes it; read piece by piece, so that it is in memory only once."""
+    array = np.empty(shape, dtype, order="F" if fortran_order else "C")
+    content, piece = memoryview(array.reshape(-1, order="A").view(np.uint8)), 1 << 18
+    with archive.open(f"{name}.npy") as member:
+        member.read(offset)
+        for start in range(0, len(content), piece):
+            content[start : start + piece] = member.read(piece)
+    return array
+
+
+def end_of_reading(path, error, made_by):
+    """Ends the run for a file that did not load: what is missing or damaged is to be made, what this machine cannot read is not."""
+    if isinstance(error, FileNotFoundError):
+        fail(f"{path} is missing; make it with: {made_by}")
+    if isinstance(error, (PermissionError, MemoryError)):
+        fail(f"{path} cannot be read ({str(error) or 'no memory left'}); see to that and start again")
+    fail(f"{path} is damaged ({type(error).__name__}); delete it and make it anew with: {made_by}")
 
 
 def load_npz(path, keys, made_by):
@@ -482,12 +511,10 @@ def load_npz(path, keys, made_by):
         for key in keys:
             if key not in headers:
                 fail(f"{path} holds no '{key}'; make it anew with: {made_by}")
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in keys}
-    except FileNotFoundError:
-        fail(f"{path} is missing; make it with: {made_by}")
-    except Exception as error:  # zipfile, zlib, ValueError, EOFError: all mean that the file is damaged
-        fail(f"{path} is damaged ({type(error).__name__}); delete it and make it anew with: {made_by}")
+        with zipfile.ZipFile(path) as archive:
+            return {key: read_array(archive, key, *headers[key]) for key in keys}
+    except Exception as error:  # zipfile, zlib, ValueError, EOFError and others
+        end_of_reading(path, error, made_by)
 
 
 def save_checkpoint(path, **content):
@@ -522,10 +549,8 @@ def load_checkpoint(path, kind, game, made_by):
             if archive.testzip():  # torch.load does not look whether the bytes are those that were written
                 raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"{path} is missing; make it with: {made_by}")
     except Exception as error:  # torch.load answers damage with RuntimeError, EOFError, UnpicklingError and others
-        fail(f"{path} is damaged ({type(error).__name__}); delete it and make it anew with: {made_by}")
+        end_of_reading(path, error, made_by)
     if not isinstance(content, dict) or content.get("kind") != kind:
         fail(f"{path} is not a checkpoint of kind '{kind}'; make it anew with: {made_by}")
     if content.get("game") != game:
@@ -862,7 +887,7 @@ def count_rows(path):
     try:
         return next(iter(npz_headers(path).values()))[0][0]
     except Exception as error:
-        fail(f"{path} is damaged ({type(error).__name__}); delete it and make it anew with: python collect_data.py")
+        end_of_reading(path, error, "python collect_data.py")
 
 
 class FrameStore:

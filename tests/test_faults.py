@@ -1,5 +1,6 @@
 """What goes wrong outside the method: disks, files, games and numbers. Each ends in one line, and loses nothing that was there."""
 
+import ast
 import contextlib
 import io
 import resource
@@ -102,6 +103,47 @@ def test_a_shard_with_a_flipped_byte_is_refused_or_still_the_same(tmp_path):
     assert refused > 75
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed, common.save_npz])
+def test_arrays_come_back_as_numpy_reads_them(save, tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "a.npz"
+    arrays = dict(
+        scalar=np.float32(2.5), text=np.array("any text"), empty=np.empty((0, 3), np.uint8), one=np.array([7]), flags=rng.random(9) < 0.5,
+        half=rng.random((3, 4)).astype(np.float16), frames=rng.integers(0, 256, (60, 64, 64, 3), np.uint8),
+        fortran=np.asfortranarray(rng.random((5, 6, 7))), slices=rng.random((8, 8))[::2, ::-1],
+    )  # fmt: skip
+    save(path, **arrays)
+    with np.load(path) as theirs:
+        ours = common.load_npz(path, list(arrays), "the command")
+        for name in arrays:
+            assert ours[name].dtype == theirs[name].dtype and np.array_equal(ours[name], theirs[name]) and ours[name].flags.writeable
+            assert ours[name].flags.c_contiguous == theirs[name].flags.c_contiguous
+
+    for kind in (np.array([None]), np.zeros(3, [("a", "u1")]), np.zeros(3, ">f4")):
+        np.savez(path, obs=kind)
+        assert "a.npz is damaged (ValueError)" in message(common.load_npz, path, ["obs"], "the command")
+
+
+def test_shards_are_read_without_pythons_parser(tmp_path, monkeypatch):
+    """In CPython 3.11 it is not safe to use from several threads at once, and threads read the shards."""
+    write_frames(tmp_path, name="frames_000.npz")
+    monkeypatch.setattr(ast, "parse", None)
+    with pytest.raises(TypeError):
+        np.load(tmp_path / "frames_000.npz")["obs"]
+    assert len(common.read_frames(tmp_path / "frames_000.npz", "maze")[0]) == common.count_rows(tmp_path / "frames_000.npz") == 40
+
+
+def test_a_sound_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = write_frames(tmp_path, name="frames_000.npz")
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(common, "read_array", refuse)
+    for error, said in ((PermissionError(13, "Permission denied"), "Permission denied"), (MemoryError(), "no memory left")):
+        line = message(common.read_frames, path, "maze")
+        assert f"{path} cannot be read" in line and said in line and "delete" not in line
+
+
 def test_a_checkpoint_with_a_flipped_byte_is_refused(tmp_path):
     path = tmp_path / "a.pt"
     common.save_checkpoint(path, kind="x", game="maze", weight=torch.ones(1000))
@@ -141,7 +183,7 @@ def write_claim(path, shape, content, file_size=None):
 
 
 def test_a_file_that_claims_to_be_huge_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(np, "load", None)  # which would ask for the memory
+    monkeypatch.setattr(common, "read_array", None)  # which would ask for the memory
     path = tmp_path / "frames_000.npz"
     for shape, lie in (((10**12, 64, 64, 3), None), ((2**31,), 2**31), ((10**30,), None), ((-1, 64, 64, 3), None), ((-2, -2), None)):
         write_claim(path, shape, bytes(100), lie)
