@@ -188,115 +188,6 @@ class LatentPolicy(nn.Module):
         return self.head(F.relu(self.hidden(self.cnn(to_input(obs[:, None])))))
 
 
-class DiscreteLatentPolicy(nn.Module):
-    """pi(z | o_t) over K discrete latents, from an encoder E(o_t): the convolutions and the layer after them."""
-
-    def __init__(self, frame_size, multiplier, latents):
-        super().__init__()
-        self.cnn = ImpalaCNN(3, frame_size, multiplier)
-        self.hidden = nn.Linear(self.cnn.num_features, 256)
-        self.head = nn.Linear(256, latents)
-
-    def forward(self, obs):
-        """uint8 (B, S, S, 3) -> logits of pi (B, K)"""
-        return self.head(F.relu(self.hidden(self.cnn(to_input(obs[:, None])))))
-
-
-def conv_beside_constant_planes(conv, x, z):
-    """conv(x stacked with z repeated over the plane), without the planes: x (B, C, S, S), z (B, Z) -> (B, out, S, S)
-
-    A padded 3x3 convolution of a constant plane takes 9 values: four corners, four edges, inside. So a 3x3 plane tells
-    them all, for 9 places' work instead of S * S.
-    """
-    weight_x, weight_z = conv.weight.split([x.shape[1], z.shape[1]], dim=1)
-    tile = F.conv2d(z[:, :, None, None].expand(-1, -1, 3, 3), weight_z, padding=1)  # (B, out, 3, 3)
-    place = torch.ones(x.shape[2], dtype=torch.long, device=x.device)
-    place[0], place[-1] = 0, 2
-    return F.conv2d(x, weight_x, conv.bias, padding=1) + tile[:, :, place][:, :, :, place]
-
-
-class HalfResidual(nn.Module):
-    """A residual pair of convolutions with half the channels between them."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels // 2, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels // 2, channels, 3, padding=1)
-
-    def forward(self, x):
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
-
-
-class DownBlock(nn.Module):
-    def __init__(self, in_channels, out_channels):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm = nn.BatchNorm2d(out_channels)
-        self.residual = HalfResidual(out_channels)
-
-    def forward(self, x, z=None):
-        x = self.conv(x) if z is None else conv_beside_constant_planes(self.conv, x, z)
-        return F.relu(F.max_pool2d(self.residual(self.norm(x)), 2))  # (B, in, S, S) -> (B, out, S / 2, S / 2)
-
-
-class UpBlock(nn.Module):
-    def __init__(self, in_channels, out_channels):
-        super().__init__()
-        self.conv = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
-        self.norm = nn.BatchNorm2d(out_channels)
-        self.residual = HalfResidual(out_channels)
-
-    def forward(self, x):
-        return F.relu(self.residual(self.norm(self.conv(x))))  # (B, in, S, S) -> (B, out, 2S, 2S)
-
-
-class FDM(nn.Module):
-    """o_{t+1} = FDM(o_{t-k} .. o_t, z_t): a U-Net (Ronneberger et al. 2015) that z enters at the top and at the bottom."""
-
-    def __init__(self, frame_size, context, z_dim, width, predict_change):
-        super().__init__()
-        self.predict_change = predict_change
-        past = 3 * (context + 1)
-        depth = frame_size.bit_length() - 2  # down blocks until 2x2 is left: 5 at 64x64
-        widths = [width * 2**i for i in range(depth + 1)]  # 24, 48, 96, 192, 384, and 768 at 1x1
-        self.down = nn.ModuleList(DownBlock(i, o) for i, o in zip([past + z_dim, *widths], widths[:-1]))
-        self.bottom = nn.Conv2d(widths[-2], widths[-1], 2)
-        self.up = nn.ModuleList([UpBlock(widths[-1] + z_dim, widths[-2])])
-        self.up.extend(UpBlock(2 * i, o) for i, o in zip(widths[-2::-1], [*widths[-3::-1], width]))
-        self.last = nn.Sequential(nn.Conv2d(width + past, width, 3, padding=1), HalfResidual(width), nn.ReLU(), nn.Conv2d(width, 3, 1))
-        if predict_change:  # starts from "nothing changes"
-            nn.init.zeros_(self.last[-1].weight)
-            nn.init.zeros_(self.last[-1].bias)
-
-    def forward(self, past, z):
-        """past: uint8 (B, k + 1, S, S, 3), z (B, Z) -> o_{t+1} (B, 3, S, S) in [-0.5, 0.5]"""
-        past = to_input(past)
-        skips = [self.down[0](past, z)]
-        for block in self.down[1:]:
-            skips.append(block(skips[-1]))
-        x = self.up[0](torch.cat([self.bottom(skips[-1]), z[:, :, None, None]], 1))  # (B, 32 width + Z, 1, 1) -> (B, 16 width, 2, 2)
-        for block, skip in zip(self.up[1:], reversed(skips)):
-            x = block(torch.cat([x, skip], 1))
-        x = self.last(torch.cat([x, past], 1))  # (B, 3, S, S)
-        return past[:, -3:] + x if self.predict_change else x.tanh() / 2
-
-
-class NearestLatent(nn.Module):
-    """In the IDM's place for ILPO: tells a transition's latent as the one whose prediction comes nearest to o_{t+1}.
-
-    Edwards et al. compare embeddings of the frames; here pixels are compared, as in the loss that the generator was trained on.
-    """
-
-    def __init__(self, latent_policy, generator):
-        super().__init__()
-        self.latent_policy, self.generator = latent_policy, generator
-
-    def forward(self, windows):
-        """uint8 (B, k + 2, S, S, 3) -> E(o_t) and one-hot z (B, 256 + K)"""
-        z = nearest_latents(self.generator, windows, self.latent_policy.head.out_features)
-        return beside_embedding(self.latent_policy, encode(self.latent_policy, windows[:, -2]), z)
-
-
 class ActionDecoder(nn.Module):
     """Latent action -> logits of the true actions; hidden layers of 192, 128, 64 (official code)."""
 
@@ -418,35 +309,7 @@ def learning_rate(env_step, ramp, lr, end):
     return float(np.interp(env_step, (ramp[0], ramp[1], end), (0.0, ramp[2] * lr, 0.0)))
 
 
-# --- ILPO's latents ------------------------------------------------------------------------------------------------
-
-
-def predict_all(generator, past, latents):
-    """What each latent would lead to: past uint8 (B, k + 1, S, S, 3) -> o_{t+1} (B, K, 3, S, S), K passes for each window."""
-    z = torch.eye(latents, device=past.device).repeat(len(past), 1)  # (B * K, K): every latent beside every window
-    return generator(past.repeat_interleave(latents, 0), z).unflatten(0, (len(past), latents))
-
-
-def squared_errors(predicted, windows):
-    """predicted (B, K, 3, S, S), windows uint8 (B, k + 2, S, S, 3) -> each latent's mean squared error in o_{t+1} (B, K)"""
-    return (predicted - to_input(windows[:, -1:])[:, None]).pow(2).mean((2, 3, 4))
-
-
-@torch.no_grad()
-def nearest_latents(generator, windows, latents, batch_size=64):
-    """uint8 (B, k + 2, S, S, 3) -> the latent whose prediction comes nearest to o_{t+1}, int64 (B,); a few windows at a time"""
-    parts = windows.split(batch_size)
-    return torch.cat([squared_errors(predict_all(generator, part[:, :-1], latents), part).argmin(1) for part in parts])
-
-
-def beside_embedding(latent_policy, features, z):
-    """What ILPO's decoder takes: frozen features (B, F) and z int64 (B,) -> E(o_t) and one-hot z (B, 256 + K)
-
-    Edwards et al. give E(o_t) to their remapping network too, and with reason: nothing makes a latent mean the same action in
-    every state.
-    """
-    embedding = F.relu(latent_policy.hidden(features))
-    return torch.cat([embedding, F.one_hot(z, latent_policy.head.out_features)], 1)
+# --- the decoder ---------------------------------------------------------------------------------------------------
 
 
 def decoder_input(latent_policy, features, generator):
@@ -456,9 +319,6 @@ def decoder_input(latent_policy, features, generator):
         return latents
     # z is drawn from pi, because the decoder is fitted on one-hot z: the probabilities would be an input it never saw
     return beside_embedding(latent_policy, features, sample_actions(latents, generator))
-
-
-# --- the decoder ---------------------------------------------------------------------------------------------------
 
 
 def refit_updates(updates, steps_per_update, refit_from, each_until, every, until):
@@ -529,18 +389,6 @@ def load_networks(run, game, with_idm):
     return checkpoint, latent_policy, idm
 
 
-def load_ilpo(run, game):
-    """ILPO's checkpoint (a dict with the sizes), the latent policy in it, and what labels transitions with its generator."""
-    checkpoint = common.load_checkpoint(run / "ilpo.pt", "ilpo", game, f"python train_ilpo.py --game {game}")
-    frame_size, latents = checkpoint["frame_size"], checkpoint["latents"]
-    latent_policy = DiscreteLatentPolicy(frame_size, checkpoint["multiplier"], latents)
-    checkpoint.fill(latent_policy, "policy")
-    generator = FDM(frame_size, checkpoint["context"], latents, checkpoint["fdm_width"], predict_change=True)
-    checkpoint.fill(generator, "generator")
-    checkpoint["z_dim"] = latent_policy.hidden.out_features + latents  # of what its decoder takes
-    return checkpoint, latent_policy, NearestLatent(latent_policy, generator.eval())
-
-
 def plot_curves(to, run, game, random_return, expert_return):
     """Figure 3 for one game: every method's curve that the folder `run` holds, as a PNG."""
     names = dict(rl_sl="LAPO, RL and SL", rl="LAPO, RL without SL", scratch="PPO from scratch", ilpo="ILPO")
@@ -561,6 +409,158 @@ def plot_curves(to, run, game, random_return, expert_return):
     with common.atomic_write(to) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
+
+
+# --- ILPO, for --method ilpo alone; LAPO needs nothing from here to main() -------------------------------------------
+
+
+class DiscreteLatentPolicy(nn.Module):
+    """pi(z | o_t) over K discrete latents, from an encoder E(o_t): the convolutions and the layer after them."""
+
+    def __init__(self, frame_size, multiplier, latents):
+        super().__init__()
+        self.cnn = ImpalaCNN(3, frame_size, multiplier)
+        self.hidden = nn.Linear(self.cnn.num_features, 256)
+        self.head = nn.Linear(256, latents)
+
+    def forward(self, obs):
+        """uint8 (B, S, S, 3) -> logits of pi (B, K)"""
+        return self.head(F.relu(self.hidden(self.cnn(to_input(obs[:, None])))))
+
+
+def conv_beside_constant_planes(conv, x, z):
+    """conv(x stacked with z repeated over the plane), without the planes: x (B, C, S, S), z (B, Z) -> (B, out, S, S)
+
+    A padded 3x3 convolution of a constant plane takes 9 values: four corners, four edges, inside. So a 3x3 plane tells
+    them all, for 9 places' work instead of S * S.
+    """
+    weight_x, weight_z = conv.weight.split([x.shape[1], z.shape[1]], dim=1)
+    tile = F.conv2d(z[:, :, None, None].expand(-1, -1, 3, 3), weight_z, padding=1)  # (B, out, 3, 3)
+    place = torch.ones(x.shape[2], dtype=torch.long, device=x.device)
+    place[0], place[-1] = 0, 2
+    return F.conv2d(x, weight_x, conv.bias, padding=1) + tile[:, :, place][:, :, :, place]
+
+
+class HalfResidual(nn.Module):
+    """A residual pair of convolutions with half the channels between them."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels // 2, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels // 2, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class DownBlock(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.residual = HalfResidual(out_channels)
+
+    def forward(self, x, z=None):
+        x = self.conv(x) if z is None else conv_beside_constant_planes(self.conv, x, z)
+        return F.relu(F.max_pool2d(self.residual(self.norm(x)), 2))  # (B, in, S, S) -> (B, out, S / 2, S / 2)
+
+
+class UpBlock(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.residual = HalfResidual(out_channels)
+
+    def forward(self, x):
+        return F.relu(self.residual(self.norm(self.conv(x))))  # (B, in, S, S) -> (B, out, 2S, 2S)
+
+
+class FDM(nn.Module):
+    """o_{t+1} = FDM(o_{t-k} .. o_t, z_t): a U-Net (Ronneberger et al. 2015) that z enters at the top and at the bottom."""
+
+    def __init__(self, frame_size, context, z_dim, width, predict_change):
+        super().__init__()
+        self.predict_change = predict_change
+        past = 3 * (context + 1)
+        depth = frame_size.bit_length() - 2  # down blocks until 2x2 is left: 5 at 64x64
+        widths = [width * 2**i for i in range(depth + 1)]  # 24, 48, 96, 192, 384, and 768 at 1x1
+        self.down = nn.ModuleList(DownBlock(i, o) for i, o in zip([past + z_dim, *widths], widths[:-1]))
+        self.bottom = nn.Conv2d(widths[-2], widths[-1], 2)
+        self.up = nn.ModuleList([UpBlock(widths[-1] + z_dim, widths[-2])])
+        self.up.extend(UpBlock(2 * i, o) for i, o in zip(widths[-2::-1], [*widths[-3::-1], width]))
+        self.last = nn.Sequential(nn.Conv2d(width + past, width, 3, padding=1), HalfResidual(width), nn.ReLU(), nn.Conv2d(width, 3, 1))
+        if predict_change:  # starts from "nothing changes"
+            nn.init.zeros_(self.last[-1].weight)
+            nn.init.zeros_(self.last[-1].bias)
+
+    def forward(self, past, z):
+        """past: uint8 (B, k + 1, S, S, 3), z (B, Z) -> o_{t+1} (B, 3, S, S) in [-0.5, 0.5]"""
+        past = to_input(past)
+        skips = [self.down[0](past, z)]
+        for block in self.down[1:]:
+            skips.append(block(skips[-1]))
+        x = self.up[0](torch.cat([self.bottom(skips[-1]), z[:, :, None, None]], 1))  # (B, 32 width + Z, 1, 1) -> (B, 16 width, 2, 2)
+        for block, skip in zip(self.up[1:], reversed(skips)):
+            x = block(torch.cat([x, skip], 1))
+        x = self.last(torch.cat([x, past], 1))  # (B, 3, S, S)
+        return past[:, -3:] + x if self.predict_change else x.tanh() / 2
+
+
+class NearestLatent(nn.Module):
+    """In the IDM's place for ILPO: tells a transition's latent as the one whose prediction comes nearest to o_{t+1}.
+
+    Edwards et al. compare embeddings of the frames; here pixels are compared, as in the loss that the generator was trained on.
+    """
+
+    def __init__(self, latent_policy, generator):
+        super().__init__()
+        self.latent_policy, self.generator = latent_policy, generator
+
+    def forward(self, windows):
+        """uint8 (B, k + 2, S, S, 3) -> E(o_t) and one-hot z (B, 256 + K)"""
+        z = nearest_latents(self.generator, windows, self.latent_policy.head.out_features)
+        return beside_embedding(self.latent_policy, encode(self.latent_policy, windows[:, -2]), z)
+
+
+def predict_all(generator, past, latents):
+    """What each latent would lead to: past uint8 (B, k + 1, S, S, 3) -> o_{t+1} (B, K, 3, S, S), K passes for each window."""
+    z = torch.eye(latents, device=past.device).repeat(len(past), 1)  # (B * K, K): every latent beside every window
+    return generator(past.repeat_interleave(latents, 0), z).unflatten(0, (len(past), latents))
+
+
+def squared_errors(predicted, windows):
+    """predicted (B, K, 3, S, S), windows uint8 (B, k + 2, S, S, 3) -> each latent's mean squared error in o_{t+1} (B, K)"""
+    return (predicted - to_input(windows[:, -1:])[:, None]).pow(2).mean((2, 3, 4))
+
+
+@torch.no_grad()
+def nearest_latents(generator, windows, latents, batch_size=64):
+    """uint8 (B, k + 2, S, S, 3) -> the latent whose prediction comes nearest to o_{t+1}, int64 (B,); a few windows at a time"""
+    parts = windows.split(batch_size)
+    return torch.cat([squared_errors(predict_all(generator, part[:, :-1], latents), part).argmin(1) for part in parts])
+
+
+def beside_embedding(latent_policy, features, z):
+    """What ILPO's decoder takes: frozen features (B, F) and z int64 (B,) -> E(o_t) and one-hot z (B, 256 + K)
+
+    Edwards et al. give E(o_t) to their remapping network too, and with reason: nothing makes a latent mean the same action in
+    every state.
+    """
+    embedding = F.relu(latent_policy.hidden(features))
+    return torch.cat([embedding, F.one_hot(z, latent_policy.head.out_features)], 1)
+
+
+def load_ilpo(run, game):
+    """ILPO's checkpoint (a dict with the sizes), the latent policy in it, and what labels transitions with its generator."""
+    checkpoint = common.load_checkpoint(run / "ilpo.pt", "ilpo", game, f"python train_ilpo.py --game {game}")
+    frame_size, latents = checkpoint["frame_size"], checkpoint["latents"]
+    latent_policy = DiscreteLatentPolicy(frame_size, checkpoint["multiplier"], latents)
+    checkpoint.fill(latent_policy, "policy")
+    generator = FDM(frame_size, checkpoint["context"], latents, checkpoint["fdm_width"], predict_change=True)
+    checkpoint.fill(generator, "generator")
+    checkpoint["z_dim"] = latent_policy.hidden.out_features + latents  # of what its decoder takes
+    return checkpoint, latent_policy, NearestLatent(latent_policy, generator.eval())
 
 
 def main(args):

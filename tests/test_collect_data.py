@@ -336,7 +336,7 @@ class OneAfterTheOther(common.ProcgenEnvs):
 
 
 def test_nothing_hangs_on_games_that_step_meanwhile(recorded, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "ProcgenEnvs", OneAfterTheOther)
+    monkeypatch.setattr(common.games, "ProcgenEnvs", OneAfterTheOther)
     args = small_args(tmp_path)
     collect.main(args)  # expert, evaluation and both splits
     assert files(args) == files(recorded)

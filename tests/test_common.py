@@ -220,7 +220,7 @@ class ScriptedEnvs:
 def scripted(monkeypatch, *halves):
     """HalvedEnvs of these ScriptedEnvs."""
     coming = list(halves)
-    monkeypatch.setattr(common, "ProcgenEnvs", lambda *_: coming.pop(0))
+    monkeypatch.setattr(common.games, "ProcgenEnvs", lambda *_: coming.pop(0))
     envs = common.HalvedEnvs("bigfish", sum(games.num_envs for games in halves), 1)
     assert [games.num_envs for games, _ in envs.halves] == [games.num_envs for games in halves]
     return envs
@@ -532,7 +532,7 @@ def test_more_readers_draw_the_same_windows(tmp_path, monkeypatch):
         write_frames(tmp_path, name=f"frames_{shard:03d}.npz", shard=shard)
 
     def draws(cores, resumed_after=None):
-        monkeypatch.setattr(common, "num_cores", lambda: cores)
+        monkeypatch.setattr(common.frame_store, "num_cores", lambda: cores)
         store, drawn = common.FrameStore(tmp_path, "maze", 1, 100, 3, CPU), []
         for step in range(60):
             if step == resumed_after:

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {path.name: path.read_text() for path in sorted(ROOT.glob("*.py")) if path.name != "common.py"}
+SCRIPTS = {path.name: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 
 # Names that may differ between scripts, and why.
 OWN = {

@@ -76,7 +76,7 @@ def put_in_place_of_procgen(monkeypatch, games):
         made.append(games(sum(one.num_envs for one in made) % 8, num_envs, frame_size))
         return made[-1]
 
-    monkeypatch.setattr(common, "ProcgenEnvs", make)
+    monkeypatch.setattr(common.games, "ProcgenEnvs", make)
 
 
 class OneGoodAction(FakeEnvs):
@@ -355,7 +355,7 @@ def test_nothing_hangs_on_games_that_step_meanwhile(tmp_path, monkeypatch, num_e
     where = write_checkpoints(tmp_path, "bigfish")
     results = []
     for games in (common.ProcgenEnvs, OneAfterTheOther):
-        monkeypatch.setattr(common, "ProcgenEnvs", games)
+        monkeypatch.setattr(common.games, "ProcgenEnvs", games)
         online.main(online.Args(**where, **SMALL | dict(env_steps=1536, num_envs=num_envs, log_every_steps=1536)))
         weights = torch.load(where["runs_dir"] / "bigfish/decode_online_rl_sl.pt", weights_only=True)
         results.append([*weights["policy"].values(), *weights["decoder"].values()])

@@ -138,7 +138,7 @@ def test_a_sound_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkey
     def refuse(*_):
         raise error
 
-    monkeypatch.setattr(common, "read_array", refuse)
+    monkeypatch.setattr(common.files, "read_array", refuse)
     for error, said in ((PermissionError(13, "Permission denied"), "Permission denied"), (MemoryError(), "no memory left")):
         line = message(common.read_frames, path, "maze")
         assert f"{path} cannot be read" in line and said in line and "delete" not in line
@@ -183,7 +183,7 @@ def write_claim(path, shape, content, file_size=None):
 
 
 def test_a_file_that_claims_to_be_huge_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "read_array", None)  # which would ask for the memory
+    monkeypatch.setattr(common.files, "read_array", None)  # which would ask for the memory
     path = tmp_path / "frames_000.npz"
     for shape, lie in (((10**12, 64, 64, 3), None), ((2**31,), 2**31), ((10**30,), None), ((-1, 64, 64, 3), None), ((-2, -2), None)):
         write_claim(path, shape, bytes(100), lie)
@@ -272,7 +272,7 @@ def test_a_game_that_fails_is_one_line(tmp_path, monkeypatch, call):
     def broken(*arguments):
         raise RuntimeError("out of levels")
 
-    monkeypatch.setattr(common.ProcgenGym3Env, call, broken)
+    monkeypatch.setattr(common.games.ProcgenGym3Env, call, broken)
     line = message(collect_data.main, small_args(tmp_path, train_frames=0))
     assert "Procgen failed (RuntimeError: out of levels)" in line and "--resume" in line
 

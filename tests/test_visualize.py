@@ -119,7 +119,7 @@ def test_film_strip_and_gif(tmp_path):
 
 def same_outcome(game, states, horizon):
     """bool [15, 15]: which actions led to the same frames, rewards and episode ends from all of `states` states."""
-    source, copies = (common.ProcgenGym3Env(num, game, distribution_mode="easy", rand_seed=3, num_threads=0) for num in (8, 15))
+    source, copies = (common.games.ProcgenGym3Env(num, game, distribution_mode="easy", rand_seed=3, num_threads=0) for num in (8, 15))
     rng = np.random.default_rng(0)
     same = np.ones((15, 15), bool)
     action = rng.integers(15, size=8)
