@@ -24,14 +24,14 @@ test: .venv/installed
 
 # The demo is the paper's method with smaller flags: few levels at 32x32, half-width networks, experts/32x32/.
 # CoinRun (its picture moves with the agent) goes through all stages; miner (its actions show at once) shows on its own that
-# what stage 1 finds are actions. results/LOG.md tells how games and flags were chosen.
+# what stage 1 finds are actions, with t-SNE because UMAP compiles for half a minute. results/LOG.md tells how games and flags were chosen.
 DEMO := --game coinrun --seed $(SEED) --device cpu --data-dir demo/data --runs-dir demo/runs
 MINER := $(subst coinrun,miner,$(DEMO))
 demo: .venv/installed
 	@echo "The demo takes 12 to 15 minutes on 2 CPU cores, 3 GB of memory and 0.5 GB of disk."
 	$(PY) collect_data.py $(MINER) --train-frames 98_304 --test-frames 16_384 --frame-size 32 --experts-dir experts/32x32 --num-levels 10
 	$(PY) train_latent_dynamics.py $(MINER) --grad-steps 3000 --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --predict-change --eval-every 500
-	set -o pipefail; $(PY) visualize_latents.py $(MINER) --supervised-steps 500 | tee demo/miner.txt
+	set -o pipefail; $(PY) visualize_latents.py $(MINER) --supervised-steps 500 --projection tsne | tee demo/miner.txt
 	$(PY) collect_data.py $(DEMO) --train-frames 98_304 --test-frames 16_384 --frame-size 32 --experts-dir experts/32x32 --num-levels 5
 	$(PY) train_latent_dynamics.py $(DEMO) --grad-steps 3000 --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --eval-every 500
 	$(PY) train_latent_bc.py $(DEMO) --grad-steps 2000 --lr 1e-3 --multiplier 0.5 --warmup-steps 100 --eval-every 500
