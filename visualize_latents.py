@@ -361,7 +361,7 @@ def project(z, method, seed):
     if method == "umap":
         from umap import UMAP  # compiles for seconds when imported
 
-        # starts from PCA as t-SNE does: its own start, eigenvectors, often fails on quantised latents, many of which are equal
+        # starts from PCA as t-SNE does: its own start, eigenvectors, failed on the demo's miner, where many latents are equal
         return UMAP(n_neighbors=min(15, len(z) - 1), init="pca", random_state=seed, n_jobs=1).fit_transform(z)
     if method == "tsne":
         return TSNE(perplexity=min(30.0, (len(z) - 1) / 3), random_state=seed).fit_transform(z)

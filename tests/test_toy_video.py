@@ -59,8 +59,8 @@ def last_figures(root, run, **flags):
 
 
 def test_stage_1_finds_the_hidden_actions(video, two_threads):
-    """One run in four gets stuck, with codes that collapse or tell the distractor's moves first, and which one hangs on the last
-    bits of the arithmetic. The FDM's held-out error tells, without any label; then another seed has its turn.
+    """Some runs get stuck (two of seven, results/LOG.md): the codes collapse or tell only some actions apart, and with which seed
+    hangs on the last bits of the arithmetic. The FDM's held-out error shows it without any label; then another seed has its turn.
     """
     for seed in (2, 3, 4):
         trained = last_figures(video, f"seed_{seed}", seed=seed, grad_steps=1600, **SIZES)
