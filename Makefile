@@ -1,6 +1,6 @@
-# make demo    the whole method on real Procgen, on a CPU, in minutes
-# make test    the tests
-# make paper GAME=bigfish    the same chain at the paper's settings
+# make demo                  the whole method on real Procgen, on a CPU, in minutes
+# make test                  style check and tests
+# make paper GAME=bigfish    the same chain at the paper's settings, with baselines and ablation
 # PYTHON=python3.11 picks the interpreter, SEED=2 another seed.
 
 SHELL := /bin/bash
@@ -12,9 +12,11 @@ PY := .venv/bin/python
 
 .PHONY: demo test paper
 test: .venv/installed
-	$(PY) -m pytest -q tests
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	$(PY) -m pytest -q
 
-# The stamp is the last thing written, so an install that was cut short is done again, and a whole one is not.
+# The stamp is written last, so that an install that was cut short is repeated.
 .venv/installed: requirements.txt
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 		|| { echo "error: '$(or $(PYTHON),python3)' has no Procgen wheel; Python 3.10, 3.11 and 3.12 have one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -22,34 +24,37 @@ test: .venv/installed
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-# The demo is the paper's method with smaller flags: few levels at 32x32, half-width networks, experts/32x32/.
-# CoinRun (its picture moves with the agent) goes through all stages; miner (its actions show at once) shows on its own that
-# what stage 1 finds are actions, with t-SNE because UMAP compiles for half a minute. results/LOG.md tells how games and flags were chosen.
-DEMO := --game coinrun --seed $(SEED) --device cpu --data-dir demo/data --runs-dir demo/runs
-MINER := $(subst coinrun,miner,$(DEMO))
+# The paper's method with smaller flags: miner on all levels in plain pictures at 32x32, half-width
+# networks, an expert that is shipped with its curve. How game and flags were chosen: results/LOG.md.
+DEMO := --game miner --seed $(SEED) --device cpu --runs-dir demo/runs --data-dir demo/data
 demo: .venv/installed
-	@echo "The demo takes 12 to 15 minutes on 2 CPU cores, 3 GB of memory and 0.5 GB of disk."
-	$(PY) collect_data.py $(MINER) --train-frames 98_304 --test-frames 16_384 --frame-size 32 --experts-dir experts/32x32 --num-levels 10
-	$(PY) train_latent_dynamics.py $(MINER) --grad-steps 3000 --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --predict-change --eval-every 500
-	set -o pipefail; $(PY) visualize_latents.py $(MINER) --supervised-steps 500 --projection tsne | tee demo/miner.txt
-	$(PY) collect_data.py $(DEMO) --train-frames 98_304 --test-frames 16_384 --frame-size 32 --experts-dir experts/32x32 --num-levels 5
-	$(PY) train_latent_dynamics.py $(DEMO) --grad-steps 3000 --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --eval-every 500
-	$(PY) train_latent_bc.py $(DEMO) --grad-steps 2000 --lr 1e-3 --multiplier 0.5 --warmup-steps 100 --eval-every 500
+	@echo "The demo takes about 12 minutes on 2 CPU cores, 3 GB of memory and 0.2 GB of disk."
+	$(PY) collect_data.py $(DEMO) --plain --frame-size 32 --train-frames 131_072 --test-frames 16_384 --random-frames 16_384 --experts-dir experts/plain_32x32 --overwrite
+	$(PY) train_latent_dynamics.py $(DEMO) --grad-steps 1500 --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --predict-change --eval-every 250
+	$(PY) train_latent_bc.py $(DEMO) --grad-steps 1500 --lr 1e-3 --multiplier 0.5 --warmup-steps 100 --standardize --eval-every 500
 	$(PY) decode_offline.py $(DEMO) --labels 16 64 256 1024 --decoder-seeds 3
 	$(PY) decode_online_ppo.py $(DEMO) --env-steps 131_072 --hidden-lr-ramp 50_000 80_000 0.1 --log-every-steps 16_384
 	$(PY) visualize_latents.py $(DEMO) --supervised-steps 500
-	@echo; sed -n '/^in demo/d; /all on held-out/,$$p' demo/miner.txt
-	@echo "Paper scale (make paper GAME=...) adds: all levels at 64x64, an expert of 25M steps, 8M frames, networks 3 to 8 times as wide,"
-	@echo "9M windows in place of 0.2M, and 4M steps of online decoding; it needs a GPU."
 
+# Folders as results/plot_figures.py reads them: runs/<variant>/seed_<n>/<game>
+RUN = --game $(GAME) --seed $(SEED) --runs-dir runs/$(1)/seed_$(SEED)
 paper: .venv/installed
-	$(PY) collect_data.py --game $(GAME) --seed $(SEED)
-	$(PY) train_latent_dynamics.py --game $(GAME) --seed $(SEED)
-	$(PY) train_latent_bc.py --game $(GAME) --seed $(SEED)
-	$(PY) decode_offline.py --game $(GAME) --seed $(SEED)
-	$(PY) decode_online_ppo.py --game $(GAME) --seed $(SEED) --method rl_sl
-	$(PY) decode_online_ppo.py --game $(GAME) --seed $(SEED) --method rl
-	$(PY) decode_online_ppo.py --game $(GAME) --seed $(SEED) --method scratch
-	$(PY) train_ilpo.py --game $(GAME) --seed $(SEED)
-	$(PY) decode_online_ppo.py --game $(GAME) --seed $(SEED) --method ilpo
-	$(PY) visualize_latents.py --game $(GAME) --seed $(SEED)
+	$(PY) collect_data.py --game $(GAME) --resume  # seeds share the frames
+	$(PY) train_latent_dynamics.py $(call RUN,lapo) --resume
+	$(PY) train_latent_bc.py $(call RUN,lapo) --resume
+	$(PY) decode_offline.py $(call RUN,lapo)
+	$(PY) decode_online_ppo.py $(call RUN,lapo) --method rl_sl --resume
+	$(PY) decode_online_ppo.py $(call RUN,lapo) --method rl --resume
+	$(PY) visualize_latents.py $(call RUN,lapo)
+	$(PY) train_latent_dynamics.py $(call RUN,no_vq) --no-vq --resume
+	$(PY) train_latent_bc.py $(call RUN,no_vq) --resume
+	$(PY) decode_online_ppo.py $(call RUN,no_vq) --method rl --resume
+	$(PY) visualize_latents.py $(call RUN,no_vq)
+	$(PY) -m baselines.label_efficiency $(call RUN,lapo) --methods bc bc_all
+	$(PY) train_latent_dynamics.py $(call RUN,untrained) --grad-steps 0
+	$(PY) train_latent_bc.py $(call RUN,untrained) --resume
+	$(PY) decode_offline.py $(call RUN,untrained)
+	$(PY) -m baselines.train_ilpo $(call RUN,ilpo) --resume
+	$(PY) decode_online_ppo.py $(call RUN,ilpo) --method rl --resume
+	$(PY) collect_data.py $(call RUN,scratch) --train-frames 0 --expert-steps 4_000_000 --expert-multiplier 4 --experts-dir runs/scratch/seed_$(SEED) --resume
+	$(PY) results/plot_figures.py

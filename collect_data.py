@@ -1,86 +1,98 @@
-"""Data: train a PPO expert on a Procgen game, then record it as video without actions (paper, section 5).
+"""Data: train a PPO expert on a Procgen game and record its play as video (paper, section 5).
 
-The expert is PPO as in Cobbe et al. 2020, "Leveraging procedural generation to benchmark reinforcement learning".
-Its sampled actions are recorded. Frames and labels go to different files, so that stages 1 and 2 cannot see an action.
+The expert is PPO as in Cobbe et al. 2020; its sampled actions are recorded. Frames and labels are
+different files, so that stages 1 and 2 are action-free by construction. A small third split records
+uniformly random actions, on which stage 1 probes its latent actions.
 
-reads   experts/<game>.pt (trained first if it is not there)
-writes  experts/<game>.pt, data/<game>/{train,test}/frames_NNN.npz and labels_NNN.npz
+reads   experts/<game>.pt, if it is there
+writes  otherwise experts/<game>.pt and runs/<game>/expert.csv; data/<game>/{train,test,random}/
+        frames_NNN.npz and labels_NNN.npz
 
-paper scale   python collect_data.py --game bigfish
-CPU sized     python collect_data.py --game coinrun --train-frames 80_000 --test-frames 16_000 --frame-size 32 --num-levels 5 \\
-                  --experts-dir experts/32x32
+paper scale     python collect_data.py --game bigfish
+on a CPU        python collect_data.py --game miner --plain --frame-size 32 --train-frames 131_072
+                    --test-frames 16_384 --experts-dir experts/plain_32x32
+                python collect_data.py --game maze --plain --frame-size 32 --solver
+                    --train-frames 131_072 --test-frames 16_384
+PPO from        python collect_data.py --game bigfish --train-frames 0 --expert-steps 4_000_000
+scratch (6.1)       --expert-multiplier 4 --runs-dir runs/scratch --experts-dir runs/scratch/experts
 """
 
-import json
+import os
 import shutil
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import common  # before torch
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-import common
-
 
 @dataclass
 class Args:
     game: str = "bigfish"
-    """One of Procgen's 16 games."""
+    """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
     seed: int = 1
-    """Seeds networks, action sampling and the games themselves."""
+    """Seeds networks, samples and the games themselves."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     data_dir: Path = Path("data")
-    """Frames and labels lie in <data-dir>/<game>."""
+    """Frames and labels are in <data-dir>/<game>."""
     runs_dir: Path = Path("runs")
     """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
-    experts_dir: Path = Path("experts")
-    """The expert is <experts-dir>/<game>.pt; an expert that is there is used, not trained again."""
-    checkpoint_minutes: float = 5
-    """Minutes between two writes of the whole state, from which --resume goes on."""
     resume: bool = False
-    """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
-    compile: bool = True
-    """On a GPU, compile the networks (torch.compile with CUDA graphs); left aside on a CPU, where it takes minutes, and under torchrun."""
+    """Continue the run that was stopped; it starts anew if there is none."""
+    compile: bool = False
+    """Compile the loss with torch.compile."""
+    overwrite: bool = False
+    """Replace frames that are there."""
+    experts_dir: Path = Path("experts")
+    """An expert <experts-dir>/<game>.pt that is there is used, not trained again."""
 
     train_frames: int = 8_000_000
     """Frames to record for training (section 5: about 8M); 0 trains the expert only."""
     test_frames: int = 100_000
-    """Frames to record from other seeds, to report on."""
+    """Frames of other seeds, and of the next levels if --num-levels is set, for evaluation."""
+    random_frames: int = 32_768
+    """Frames of uniformly random play, on the same levels as the test frames."""
     frame_size: Literal[64, 32, 16] = 64
-    """Side of the frames in pixels: 64 (the paper's), 32 or 16 (means over blocks). The expert sees the same frames."""
+    """Side of the frames in pixels; below 64 (the paper's), means of blocks."""
     start_level: int = 0
     """First level of the game."""
     num_levels: int = 0
-    """Number of levels; 0 means all of them (the paper's)."""
+    """Number of levels; 0: all (the paper's)."""
+    plain: bool = False
+    """No backgrounds, one theme, monochrome assets: the same games and rules, in which actions are a
+    larger part of what changes. For laptops, not in the paper."""
+    solver: bool = False
+    """Record a maze solver in place of a PPO expert: --game maze --plain (experts/maze_solver.py)."""
     temperature: float = 1.0
-    """Divides the expert's logits where it is evaluated and recorded: 1 samples its policy (the paper's), less is less random."""
+    """Divides the expert's logits when it is evaluated and recorded; 1 (the paper's) samples it."""
 
     expert_steps: int = 25_000_000
-    """Environment steps of PPO (Cobbe et al.: 25M)."""
+    """Environment steps of PPO (Cobbe et al.; section 5 says 50M, 6.1 says 25M)."""
     expert_multiplier: float = 1
-    """Multiplies the expert's IMPALA channels (16, 32, 32)."""
+    """Multiplies the expert's IMPALA channels 16, 32, 32 (Cobbe et al.)."""
     num_envs: int = 64
     """Games that step together."""
     rollout_steps: int = 256
-    """Steps of each game between two updates."""
+    """Steps of each game between updates."""
     minibatches: int = 8
-    """Minibatches an epoch."""
+    """Minibatches per epoch."""
     epochs: int = 3
     """Passes over a rollout."""
     expert_lr: float = 5e-4
-    """Adam's learning rate, constant."""
+    """Learning rate of Adam, constant."""
     gamma: float = 0.999
     """Discount."""
     gae_lambda: float = 0.95
-    """Generalised advantage estimation."""
+    """Lambda of generalized advantage estimation."""
     clip: float = 0.2
-    """Clips both the probability ratio and the value's change."""
+    """Clips the probability ratio and the value's change."""
     entropy_coef: float = 0.01
     """Weight of the entropy bonus."""
     value_coef: float = 0.5
@@ -89,34 +101,39 @@ class Args:
     """Clips the gradient's norm."""
 
 
-# --- networks ------------------------------------------------------------------------------------------------------
+# --- networks -------------------------------------------------------------------------------------
+# Copies of train_latent_dynamics.py; tests/test_copies.py keeps them equal.
 
 
 def to_input(frames):
-    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], stacked on channels, laid out channels last."""
+    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], channels last in memory."""
     b, t, s, _, c = frames.shape
-    return frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2).float() / 255 - 0.5
+    x = frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2)
+    return x.float() / 255 - 0.5
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels):
+    def __init__(self, channels, hidden):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1)
 
     def forward(self, x):
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, S, S)
 
 
 class ImpalaCNN(nn.Module):
-    """The convolutions of IMPALA (Espeholt et al. 2018): three times conv, max pool, two residual blocks."""
+    """IMPALA's convolutions (Espeholt et al. 2018): 3 times conv, max pool, 2 residual blocks."""
 
     def __init__(self, in_channels, frame_size, multiplier):
         super().__init__()
         layers = []
         for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
-            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)]
-            layers += [ResidualBlock(channels), ResidualBlock(channels)]
+            layers += [
+                nn.Conv2d(in_channels, channels, 3, padding=1),
+                nn.MaxPool2d(3, 2, padding=1),
+            ]
+            layers += [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
             in_channels = channels
         self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
         self.num_features = channels * (frame_size // 8) ** 2
@@ -145,69 +162,42 @@ class ExpertPolicy(nn.Module):
         return self.actor(h), self.critic(h)[:, 0]
 
 
-# --- PPO -----------------------------------------------------------------------------------------------------------
+# --- PPO ------------------------------------------------------------------------------------------
 
 
-class RewardNormalizer:
-    """Divides rewards by the running standard deviation of the discounted return, then clips them to +-10.
+def compute_gae(rewards, values, dones, gamma, gae_lambda):
+    """Generalized advantage estimation (Schulman et al. 2016).
 
-    As OpenAI's VecNormalize, which Cobbe et al. used: the sum restarts where an episode ends, the mean is not subtracted.
-    """
-
-    def __init__(self, num_envs, gamma):
-        self.gamma = gamma
-        self.statistics = common.RunningMeanStd(shape=())
-        self.discounted = np.zeros(num_envs)
-
-    def __call__(self, rewards, firsts):
-        """rewards float (T, B) and firsts bool (T, B) of the same observations, step by step -> float32 (T, B)"""
-        normalized = np.empty(rewards.shape, np.float32)
-        for t, (reward, first) in enumerate(zip(rewards, firsts)):
-            self.discounted = self.discounted * self.gamma + reward
-            self.statistics.update(self.discounted)
-            self.discounted[first] = 0.0
-            normalized[t] = np.clip(reward / np.sqrt(self.statistics.var + 1e-8), -10, 10)
-        return normalized
-
-    def state_dict(self):
-        statistics = {name: float(value) for name, value in vars(self.statistics).items()}  # mean, var and count
-        return dict(statistics=statistics, discounted=torch.from_numpy(self.discounted.copy()))
-
-    def load_state_dict(self, saved):
-        vars(self.statistics).update(saved["statistics"])
-        self.discounted = saved["discounted"].numpy()
-
-
-def compute_gae(rewards, values, firsts, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016).
-
-    rewards (T, B): what the action at t earned. values (T + 1, B) and firsts (T + 1, B) of the frames; no value or
-    advantage crosses an episode's end. Returns advantages (T, B) and the value targets (T, B).
+    rewards (T, B) and dones (T, B) of the actions at t, values (T + 1, B) of the frames. Nothing
+    crosses an episode's end. Returns advantages (T, B) and value targets (T, B).
     """
     advantages, advantage = torch.zeros_like(rewards), 0.0
     for t in reversed(range(len(rewards))):
-        alive = 1.0 - firsts[t + 1].float()
+        alive = 1.0 - dones[t].float()
         delta = rewards[t] + gamma * values[t + 1] * alive - values[t]
         advantages[t] = advantage = delta + gamma * gae_lambda * alive * advantage
     return advantages, advantages + values[:-1]
 
 
-def ppo_loss(logits, value, action, old_logprob, old_value, advantage, target, clip, value_coef, entropy_coef):
-    """PPO's clipped loss (Schulman et al. 2017) on one minibatch, all (B,) but logits (B, A); value clipped as well.
-
-    Returns the loss and a dict of detached figures.
+def ppo_loss(
+    logits, value, action, old_logprob, old_value, advantage, target, clip, value_coef, entropy_coef
+):
+    """PPO's loss (Schulman et al. 2017) on a minibatch, all (B,) but logits (B, A); the value is
+    clipped as well. Returns the loss () and detached metrics.
     """
     distribution = torch.distributions.Categorical(logits=logits, validate_args=False)
     log_ratio = distribution.log_prob(action) - old_logprob
     ratio = log_ratio.exp()
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    policy_loss = -torch.min(advantage * ratio, advantage * ratio.clamp(1 - clip, 1 + clip)).mean()
+    clipped = advantage * ratio.clamp(1 - clip, 1 + clip)
+    policy_loss = -torch.min(advantage * ratio, clipped).mean()
     clipped_value = old_value + (value - old_value).clamp(-clip, clip)
     value_loss = 0.5 * torch.max((value - target) ** 2, (clipped_value - target) ** 2).mean()
     entropy = distribution.entropy().mean()
     loss = policy_loss + value_coef * value_loss - entropy_coef * entropy
-    figures = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, kl=(ratio - 1 - log_ratio).mean())
-    return loss, {name: figure.detach() for name, figure in figures.items()}
+    kl = (ratio - 1 - log_ratio).mean()
+    metrics = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, kl=kl)
+    return loss, {name: value.detach() for name, value in metrics.items()}
 
 
 def sample_actions(logits, generator):
@@ -215,229 +205,201 @@ def sample_actions(logits, generator):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def train_expert(args, device, path, run_state):
-    """Trains ExpertPolicy with PPO and writes it, in half precision, to `path`."""
-    policy = ExpertPolicy(args.frame_size, args.expert_multiplier).to(device, memory_format=torch.channels_last)
+def train_expert(args, settings, device, path):
+    """Trains an ExpertPolicy with PPO; writes it, in half precision, to `path`."""
+    policy = ExpertPolicy(args.frame_size, args.expert_multiplier)
+    policy.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.expert_lr, eps=1e-5, fused=True)
     seed = common.derive_seed(args.seed, "expert")
-    envs = common.HalvedEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
+    envs = common.ProcgenEnvs(settings, args.num_envs, seed)
     generator = torch.Generator(device).manual_seed(seed)
-    # Cobbe et al. left VecNormalize's own discount of 0.99 in place; gamma here, as CleanRL and others do since
-    normalize_rewards = RewardNormalizer(args.num_envs, args.gamma)
-    compile = common.compiles(args, device)
-    forward = common.compiled(policy.forward, compile)
-    minibatch_loss = common.compiled(
-        lambda obs, *rest: ppo_loss(*policy(obs), *rest, args.clip, args.value_coef, args.entropy_coef), compile
-    )
+    normalize_rewards = common.RewardNormalizer(args.num_envs, args.gamma)
+    loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
-    # a rollout's last row is the frame that the next one starts from
     t, b, s = args.rollout_steps, args.num_envs, args.frame_size
-    obs_buffer = torch.zeros(t + 1, b, s, s, 3, dtype=torch.uint8, device=device)
-    logits = torch.zeros(t + 1, b, common.NUM_ACTIONS, device=device)
-    values = torch.zeros(t + 1, b, device=device)
+    obs = torch.zeros(t, b, s, s, 3, dtype=torch.uint8, device=device)
     actions = torch.zeros(t, b, dtype=torch.long, device=device)
-    rewards, firsts = np.zeros((t + 1, b), np.float32), np.zeros((t + 1, b), bool)  # to the device with the whole rollout
+    logprobs, rewards, dones = (torch.zeros(t, b, device=device) for _ in range(3))
+    values = torch.zeros(t + 1, b, device=device)
 
-    updates = max(1, args.expert_steps // (t * b))
-    log = common.MetricsLog(args.runs_dir / args.game / "expert.csv", updates * t * b, "step")
-    parts = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator, normalize_rewards=normalize_rewards, log=log)
-    run_state.load(parts)
-    for update in range(run_state.step // (t * b) + 1, updates + 1):
+    run = args.runs_dir / args.game
+    updates, state = max(1, args.expert_steps // (t * b)), run / "expert_state.pt"
+    parts = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator)
+    parts["normalize_rewards"] = normalize_rewards
+    start, _ = common.load_state(state, args, parts)
+    log = common.MetricsLog(run / "expert.csv", updates * t * b, "step", start)
+    for update in range(start // (t * b) + 1, updates + 1):
         with torch.no_grad():
-            for step in range(t + 1):
-                for games, half in envs.halves:
-                    reward, frames, first = games.observe()
-                    obs_buffer[step, half] = obs = common.to_device(frames, device)
-                    logits[step, half], values[step, half] = forward(obs)
-                    if step < t:
-                        actions[step, half] = sample_actions(logits[step, half], generator)
-                        games.act(actions[step, half].cpu().numpy())  # these step while we turn to the other half
-                    rewards[step, half], firsts[step, half] = reward, first  # the reward of the action before
-        logprobs = logits[:-1].log_softmax(-1).gather(-1, actions[..., None])[..., 0]
-        normalized, ends = (common.to_device(x, device) for x in (normalize_rewards(rewards[1:], firsts[1:]), firsts))
-        advantages, targets = compute_gae(normalized, values, ends, args.gamma, args.gae_lambda)
+            for step in range(t):
+                obs[step] = torch.from_numpy(envs.obs)
+                logits, values[step] = policy(obs[step])
+                actions[step] = sample_actions(logits, generator)
+                logprobs[step] = logits.log_softmax(-1).gather(1, actions[step, :, None])[:, 0]
+                _, reward, done = envs.step(actions[step].cpu().numpy())
+                rewards[step] = torch.from_numpy(normalize_rewards(reward, done))
+                dones[step] = torch.from_numpy(done)
+            values[t] = policy(torch.from_numpy(envs.obs).to(device))[1]
+        advantages, targets = compute_gae(rewards, values, dones, args.gamma, args.gae_lambda)
 
-        flat = [x.flatten(0, 1) for x in (obs_buffer[:-1], actions, logprobs, values[:-1], advantages, targets)]
+        rollout = (obs, actions, logprobs, values[:-1], advantages, targets)
+        flat_obs, *flat = [x.flatten(0, 1) for x in rollout]
         for _ in range(args.epochs):
-            for rows in torch.randperm(t * b, generator=generator, device=device).chunk(args.minibatches):
-                optimizer.zero_grad()  # before a compiled forward pass, which takes the memory of the last gradients
-                loss, figures = minibatch_loss(*(x[rows] for x in flat))
+            permutation = torch.randperm(t * b, generator=generator, device=device)
+            for rows in permutation.chunk(args.minibatches):
+                coefs = (args.clip, args.value_coef, args.entropy_coef)
+                loss, metrics = loss_function(
+                    *policy(flat_obs[rows]), *(x[rows] for x in flat), *coefs
+                )
+                optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
                 optimizer.step()
-        figures = {name: figure.clone() for name, figure in figures.items()}  # the next rollout may overwrite them
-
-        common.check_finite(update * t * b, args.runs_dir / args.game / "expert.pt", policy)
         log.bar.update(t * b)
-        if update % 5 == 0 or update == updates:  # a row for every 82k steps at the paper's settings
-            finished = [episode_return for _, episode_return in envs.take_finished()]
-            mean_return = float(np.mean(finished)) if finished else float("nan")
-            log.write(env_step=update * t * b, mean_return=mean_return, episodes=len(finished), **figures)
+
+        if update % 5 == 0 or update == updates:  # every 82k steps at the paper's settings
+            env_step = update * t * b
+            common.check_finite(update * t * b, run / "expert.pt", policy)
+            returns = [episode_return for _, episode_return in envs.finished]
+            mean_return = float(np.mean(returns)) if returns else float("nan")
+            envs.finished.clear()
+            log.write(env_step=env_step, mean_return=mean_return, episodes=len(returns), **metrics)
+            common.save_state(state, args, env_step, parts)
             common.save_checkpoint(
-                path if update == updates else args.runs_dir / args.game / "expert.pt",
-                kind="expert", game=args.game, env_step=update * t * b, mean_return=mean_return,
-                frame_size=args.frame_size, multiplier=args.expert_multiplier,
-                start_level=args.start_level, num_levels=args.num_levels,
-                model={name: weight.half() for name, weight in policy.state_dict().items()},
+                path if update == updates else run / "expert.pt",
+                kind="expert", game=args.game, env_step=env_step, mean_return=mean_return,
+                settings=settings, multiplier=args.expert_multiplier,
+                policy={name: weight.half() for name, weight in policy.state_dict().items()},
             )  # fmt: skip
-        if run_state.due(last=update == updates):
-            run_state.save(update * t * b, parts, phase="expert")
     log.bar.close()
 
 
-def load_expert(args, device, path):
-    """The expert at `path`, checked against the frames and levels asked for. Returns (policy, env steps it was trained)."""
-    made_by = f"python collect_data.py --game {args.game} with another --experts-dir"
-    expert = common.load_checkpoint(path, "expert", args.game, made_by)
-    for name in ("frame_size", "start_level", "num_levels"):
-        if expert[name] != getattr(args, name):
-            flag = "--" + name.replace("_", "-")
-            common.fail(f"{path} was trained with {flag} {expert[name]}, not {getattr(args, name)}; pass that, or train one: {made_by}")
-    policy = ExpertPolicy(expert["frame_size"], expert["multiplier"])
-    expert.fill(policy, "model")
-    return policy.to(device, memory_format=torch.channels_last).eval(), expert["env_step"]
-
-
-# --- recording -----------------------------------------------------------------------------------------------------
-
-
-def acting(policy, temperature, generator):
-    """A function of obs uint8 [B, S, S, 3] (numpy) that returns sampled actions int64 (B,) on the CPU."""
-    return lambda obs: sample_actions(policy(common.to_device(obs, generator.device))[0] / temperature, generator).cpu()
+# --- recording ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def play(envs, act, length):
-    """`length` steps of all games: frames uint8 [B, T, S, S, 3], firsts bool, actions uint8 and rewards float32 [B, T].
+def record(args, settings, act, num_frames, folder):
+    """Records shards of num_envs streams x rollout_steps frames, one stream after the other.
 
-    act: obs uint8 [B, S, S, 3] of a half -> actions int [B]. The next call goes on from the frame after the last one here.
+    act: obs uint8 [B, S, S, 3] -> actions int [B]. The folder appears when it is complete.
     """
-    shape, size = (envs.num_envs, length), envs.halves[0][0].frame_size
-    frames, firsts = np.empty((*shape, size, size, 3), np.uint8), np.empty(shape, bool)
-    actions, rewards = np.empty(shape, np.uint8), np.empty(shape, np.float32)
-    for step in range(length + 1):
-        for games, half in envs.halves:
-            reward, obs, first = games.observe()
-            if step < length:
-                action = act(obs)
-                games.act(action)  # these step while we store what they came from, and turn to the other half
-                frames[half, step], firsts[half, step], actions[half, step] = obs, first, action
-            if step > 0:
-                rewards[half, step - 1] = reward
-    return frames, firsts, actions, rewards
-
-
-def record(args, device, policy, split, num_frames, expert_return, run_state):
-    """Records `num_frames` frames of the expert's sampled actions in shards of at most num_envs streams x rollout_steps.
-
-    The streams of a shard lie one after the other, each in the order of time. The state after a shard is kept once that shard and
-    all before it are on disk, so that a run that was killed goes on from there. Memory holds a few shards.
-
-    policy: obs uint8 (B, S, S, 3) -> logits (B, 15), value (B,)
-    """
-    seed = common.derive_seed(args.seed, f"record {split}")
-    envs = common.HalvedEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
-    generator = torch.Generator(device).manual_seed(seed)
-    folder = args.data_dir / args.game / split
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps(dict(game=args.game, start_level=args.start_level, num_levels=args.num_levels, seed=args.seed))
-
-    steps = -(-num_frames // args.num_envs)
-    shards, total = -(-steps // args.rollout_steps), steps * args.num_envs
-    bar = common.progress_bar(total, "frame", split)
-    done, parts = 0, dict(envs=envs, generator=generator)
-    if run_state.values.get("phase") == split:
-        run_state.load(parts)
-        done = run_state.step
-        bar.update(min(done * args.rollout_steps, steps) * args.num_envs)
-    act = acting(policy, args.temperature, generator)
-
-    def played():
-        """Shard after shard as it is played, with the state that it leaves behind."""
-        for shard in range(done, shards):
-            frames, firsts, actions, rewards = play(envs, act, min(args.rollout_steps, steps - shard * args.rollout_steps))
-            firsts[:, 0] = True  # a stream starts here: its past lies in another shard
-            envs.take_finished()  # nobody asks
-            yield (
-                shard, dict(obs=frames.reshape(-1, *frames.shape[2:]), first=firsts.reshape(-1), settings=settings),
-                dict(action=actions.reshape(-1), reward=rewards.reshape(-1), expert_return=np.float32(expert_return)),
-                {name: common.Captured(part) for name, part in parts.items()},
-            )  # fmt: skip
-
-    def compress(item):
-        shard, frames, labels, captured = item
-        return shard, len(frames["obs"]), common.npz_bytes(**frames), common.npz_bytes(**labels), captured
-
-    def compressed():
-        """Refuses to go on where there is no room, before any old file is removed."""
-        for item in common.in_threads(compress, played(), min(8, max(1, common.num_cores() // 2))):
-            shard, rows, frames_npz, _, _ = item
-            if shard == 0:  # only now is it known how well the frames compress
-                needed, free = 1.05 * len(frames_npz) * total / rows, shutil.disk_usage(folder).free
-                print(f"{split}: {total:,} frames will take about {needed / 1e9:.2f} GB of {free / 1e9:.1f} GB free in {folder}")
-                if needed > free:
-                    common.fail(f"{folder} has no room for {needed / 1e9:.1f} GB of frames; lower --{split}-frames or set --data-dir")
-                for old in [*folder.glob("frames_*.npz"), *folder.glob("labels_*.npz")]:
-                    old.unlink()
-            yield item
-
-    def write(item):
-        shard, rows, frames_npz, labels_npz, captured = item
-        common.write_bytes(folder / f"labels_{shard:03d}.npz", labels_npz)
-        common.write_bytes(folder / f"frames_{shard:03d}.npz", frames_npz)
-        return shard, rows, captured
-
-    # while the games go on, several shards are compressed at once, and one after the other is written
-    start, rows_written = time.monotonic(), 0
-    for shard, rows, captured in common.in_threads(write, compressed(), 1):
-        run_state.save(shard + 1, captured, phase=split)
-        bar.update(rows)
-        rows_written += rows
+    part = folder.with_name(f"{folder.name}.part")
+    if part.exists() and not (args.overwrite or args.resume):
+        common.fail(f"{part} is being written, or a run was stopped there; --overwrite removes it")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    envs = common.ProcgenEnvs(settings, args.num_envs, common.derive_seed(args.seed, folder.name))
+    b, s, steps = args.num_envs, args.frame_size, -(-num_frames // args.num_envs)
+    bar, pending = common.progress_bar(steps * b, "frame", folder.name), []
+    with ThreadPoolExecutor(max(1, os.cpu_count() // 2)) as pool:  # zlib releases the GIL
+        for shard, start in enumerate(range(0, steps, args.rollout_steps)):
+            length = min(args.rollout_steps, steps - start)
+            obs = np.empty((b, length, s, s, 3), np.uint8)
+            action, reward = np.empty((b, length), np.uint8), np.empty((b, length), np.float32)
+            first = np.zeros((b, length), bool)
+            first[:, 0] = True  # a stream starts here: its past is in another shard
+            for step in range(length):
+                obs[:, step], action[:, step] = envs.obs, act(envs.obs)
+                _, reward[:, step], done = envs.step(action[:, step])
+                first[:, step + 1 : step + 2] = done[:, None]
+            frames = dict(obs=obs.reshape(-1, s, s, 3), first=first.reshape(-1))
+            labels = dict(action=action.reshape(-1), reward=reward.reshape(-1))
+            for name, arrays in dict(frames=frames, labels=labels).items():
+                path = part / f"{name}_{shard:03d}.npz"
+                pending.append(pool.submit(common.save_npz, path, settings, **arrays))
+            while len(pending) > 2 * os.cpu_count():
+                pending.pop(0).result()
+            bar.update(length * b)
+        for future in pending:
+            future.result()
     bar.close()
-    size = sum(path.stat().st_size for path in folder.glob("frames_*.npz"))
-    rate = rows_written / (time.monotonic() - start)
-    print(f"{split}: {total:,} frames of {size / total:,.0f} bytes each, {rate:,.0f} frames a second")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{folder.name}: {steps * b:,} frames in {folder}, {size / 1e6:,.0f} MB")
+
+
+def splits_of(args):
+    """{split: frames to record}; a split that is there already ends the run."""
+    splits = dict(train=args.train_frames, test=args.test_frames, random=args.random_frames)
+    splits = {split: n for split, n in splits.items() if n and args.train_frames}
+    for split in splits:
+        folder = args.data_dir / args.game / split
+        if folder.exists() and not (args.overwrite or args.resume):
+            common.fail(f"{folder} is there already; --overwrite replaces it")
+    return splits
+
+
+def evaluate_and_record(args, settings, act):
+    """Plays 4 episodes in each game, then records all splits. act: obs [B, S, S, 3] -> actions [B]"""
+    data, rng = args.data_dir / args.game, np.random.default_rng(args.seed)
+
+    def act_at_random(obs):
+        return rng.integers(common.NUM_ACTIONS, size=len(obs))
+
+    # the returns of expert and random policy go into the files, for the plots
+    for name, player in dict(expert=act, random=act_at_random).items():
+        envs = common.ProcgenEnvs(settings, args.num_envs, common.derive_seed(args.seed, name))
+        settings = settings | {f"{name}_return": common.evaluate(envs, player, 4).mean().item()}
+    if args.num_levels == 0:
+        settings["random_return"] = common.GAMES[args.game][0]  # the paper's, of more episodes
+    print(
+        f"mean return of {4 * args.num_envs} episodes: expert {settings['expert_return']:.2f}, random "
+        f"policy {settings['random_return']:.2f} (the paper's expert, on all levels: "
+        f"{common.GAMES[args.game][1]:.2f})"
+    )
+    raw, free = 3 * args.frame_size**2 / 1e9, shutil.disk_usage(".").free / 1e9
+    for split, num_frames in splits_of(args).items():
+        level = args.start_level + (0 if split == "train" else args.num_levels)
+        recorded = dict(split=split, seed=args.seed, temperature=args.temperature)
+        recorded = settings | recorded | dict(start_level=level)
+        if (data / split).exists() and not args.overwrite:  # --resume
+            found = common.read_frames(common.list_shards(data / split, args.game)[0], args.game)[2]
+            differs = [name for name in recorded if found.get(name) != recorded[name]]
+            differs = [name for name in differs if not name.endswith("_return")]
+            if differs:
+                common.fail(f"{data / split} has another {differs[0]}; --overwrite replaces it")
+            print(f"{split}: {data / split} is complete")
+            continue
+        print(f"{split}: up to {num_frames * raw:.2g} GB before compression, {free:.0f} GB free")
+        player = act_at_random if split == "random" else act
+        record(args, recorded, player, num_frames, data / split)
 
 
 def main(args):
-    common.check_flags(
-        args, zero=("train_frames", "start_level", "num_levels", "entropy_coef", "value_coef"), shares=("gamma", "gae_lambda"),
-        writes=("runs_dir", "data_dir"),
-    )  # fmt: skip
-    rollout = args.num_envs * args.rollout_steps
-    if rollout % args.minibatches or rollout // args.minibatches < 2:
-        common.fail(f"a rollout of {rollout} steps does not divide into --minibatches {args.minibatches} of 2 or more")
     device = common.pick_device(args.device)
-    common.seed_everything(args.seed)
-    data, path = args.data_dir / args.game, args.experts_dir / f"{args.game}.pt"
-    run_state = common.RunState(args.runs_dir / args.game, "collect_data", args)
-    if run_state.finished(data / "test" / "frames_000.npz" if args.train_frames else path):
-        return
-    run_state.begin()
-    if path.exists():
-        print(f"expert: {path} is there and will be used")
-    else:
-        print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps on {device}, to {path}")
-        train_expert(args, device, path, run_state)
-    policy, env_step = load_expert(args, device, path)
+    torch.manual_seed(args.seed)
+    path = args.experts_dir / f"{args.game}.pt"
+    if args.num_envs * args.rollout_steps // args.minibatches < 2:
+        common.fail(f"--minibatches {args.minibatches} leaves less than 2 steps in each")
+    names = ("game", "frame_size", "start_level", "num_levels", "plain")
+    settings = {name: getattr(args, name) for name in names}
+    splits_of(args)  # fails early
+    if args.solver:
+        from experts.maze_solver import MazeSolver
 
-    seed = common.derive_seed(args.seed, "evaluate expert")
-    envs = common.HalvedEnvs(args.game, args.num_envs, seed, args.start_level, args.num_levels, args.frame_size)
-    generator = torch.Generator(device).manual_seed(seed)
-    forward = common.compiled(policy.forward, common.compiles(args, device))
-    returns = common.evaluate(envs, acting(forward, args.temperature, generator), 4)
-    print(
-        f"expert: mean return {returns.mean():.2f} over {returns.size} episodes of {args.num_levels or 'all'} levels "
-        f"after {env_step:,} steps of PPO (the paper's, on all levels: {common.RETURNS[args.game][1]:.2f})"
-    )
-    if args.train_frames == 0:
-        run_state.finish()
-        return
-    if run_state.values.get("phase") != "test":
-        record(args, device, forward, "train", args.train_frames, returns.mean(), run_state)
-    record(args, device, forward, "test", args.test_frames, returns.mean(), run_state)
-    run_state.finish()
-    print(f"frames and labels: {data}\nnext: python train_latent_dynamics.py --game {args.game}")
+        return evaluate_and_record(args, settings, MazeSolver(args.game, args.plain, args.seed))
+
+    if not path.exists():
+        print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps on {device}, to {path}")
+        train_expert(args, settings, device, path)
+    made_by = f"python collect_data.py --game {args.game} with another --experts-dir"
+    expert = common.load_checkpoint(path, "expert", args.game, made_by)
+    for name, value in settings.items():
+        if expert["settings"][name] != value:
+            flag = name.replace("_", "-")
+            common.fail(f"{path} was trained with --{flag} {expert['settings'][name]}, not {value}")
+    policy = ExpertPolicy(args.frame_size, expert["multiplier"])
+    common.load_weights(policy, expert["policy"], path)
+    policy.to(device, memory_format=torch.channels_last).eval()
+
+    generator = torch.Generator(device).manual_seed(common.derive_seed(args.seed, "act"))
+
+    def act(obs):
+        logits = policy(torch.from_numpy(obs).to(device))[0]
+        return sample_actions(logits / args.temperature, generator).cpu().numpy()
+
+    print(f"expert: {path}, trained for {expert['env_step']:,} steps")
+    evaluate_and_record(args, settings, act)
 
 
 if __name__ == "__main__":

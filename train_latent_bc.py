@@ -1,97 +1,103 @@
 """Stage 2: clone a policy over latent actions from the same video (paper, section 4.2).
 
-The latent policy sees o_t alone and predicts the latent action z_t that the IDM of stage 1 gave this frame: behaviour
-cloning, with latent actions in place of true ones. The target is z_t before quantisation (official code).
+Behavior cloning, with latent actions in place of true ones: the latent policy sees o_t alone and
+predicts the latent action z_t that stage 1's IDM assigned to this frame. The target is z_t before
+quantization (official code).
 
 reads   data/<game>/{train,test}/frames_NNN.npz, runs/<game>/{train,test}/latents_NNN.npz
-writes  runs/<game>/latent_policy.pt, runs/<game>/train_latent_bc.csv
+writes  runs/<game>/latent_policy.pt, train_latent_bc.csv
 
 paper scale   python train_latent_bc.py --game bigfish
-CPU sized     python train_latent_bc.py --game coinrun --multiplier 0.5 --batch-size 128 --lr 1e-3 --grad-steps 2000
+on a CPU      python train_latent_bc.py --game miner --multiplier 0.5 --lr 1e-3 --grad-steps 1500
+                  --warmup-steps 100 --standardize --eval-every 500
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+import common  # before torch
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-import common
-
 
 @dataclass
 class Args:
     game: str = "bigfish"
-    """One of Procgen's 16 games."""
+    """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
     seed: int = 1
-    """Seeds networks, action sampling and the games themselves."""
+    """Seeds networks, samples and the games themselves."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     data_dir: Path = Path("data")
-    """Frames and labels lie in <data-dir>/<game>."""
+    """Frames and labels are in <data-dir>/<game>."""
     runs_dir: Path = Path("runs")
     """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
-    checkpoint_minutes: float = 5
-    """Minutes between two writes of the whole state, from which --resume goes on."""
     resume: bool = False
-    """Go on with the run that was stopped or killed, or start where none was; one that is finished stays as it is."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the networks: fp32, or bf16 by autocast with fp32 weights; auto takes bf16 on a GPU."""
-    compile: bool = True
-    """On a GPU, compile the networks (torch.compile with CUDA graphs); left aside on a CPU, where it takes minutes, and under torchrun."""
-    vq: bool = True
-    """Quantise the latent actions; --no-vq is the paper's ablation (A.2), whose runs go to <runs-dir>/<game>_no_vq."""
+    """Continue the run that was stopped; it starts anew if there is none."""
+    compile: bool = False
+    """Compile the loss with torch.compile."""
+    bf16: bool = False
+    """Compute layers in bfloat16; weights stay float32."""
     pool_frames: int = 1_000_000
-    """Frames held in memory at once (12 KB each at 64x64); more on disk than that are streamed."""
+    """Frames in memory at once (12 KB each at 64x64); more than that on disk are streamed."""
     eval_every: int = 2000
-    """Gradient steps between reports on held-out episodes."""
+    """Gradient steps between evaluations, checkpoints and saved states."""
     eval_windows: int = 4096
-    """Held-out windows to report on, and as many training windows to fit the probe."""
+    """Windows of each split to evaluate on."""
 
+    standardize: bool = False
+    """Regress latents of mean 0 and std 1. Not in the paper; z can be smaller than what an update of
+    the last layer changes, and nothing is learned (results/LOG.md)."""
     multiplier: float = 4
-    """Multiplies IMPALA's channels 16, 32, 32 (A.4: 4)."""
+    """Multiplies IMPALA's channels 16, 32, 32 (A.4)."""
     grad_steps: int = 60_000
     """Updates (A.4)."""
     batch_size: int = 128
-    """Windows (stage 2: frames) an update (A.4); under torchrun, of each process."""
+    """Frames per update (A.4)."""
     lr: float = 2e-4
-    """Adam's peak learning rate (A.4)."""
+    """Peak learning rate of AdamW (A.4)."""
+    weight_decay: float = 0.01
+    """Of AdamW (official code)."""
     warmup_steps: int = 1000
-    """Updates over which the learning rate rises from 1% to its peak; then it falls linearly to 0 (official code)."""
+    """Updates from 1% of the learning rate to its peak; then linear to 0 (official code)."""
 
 
-# --- networks --------------------------------------------------------------------------------------------------------
+# --- networks -------------------------------------------------------------------------------------
+# Copies of train_latent_dynamics.py; tests/test_copies.py keeps them equal.
 
 
 def to_input(frames):
-    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], stacked on channels, laid out channels last."""
+    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], channels last in memory."""
     b, t, s, _, c = frames.shape
-    return frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2).float() / 255 - 0.5
+    x = frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2)
+    return x.float() / 255 - 0.5
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels):
+    def __init__(self, channels, hidden):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1)
 
     def forward(self, x):
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, S, S)
 
 
 class ImpalaCNN(nn.Module):
-    """The convolutions of IMPALA (Espeholt et al. 2018): three times conv, max pool, two residual blocks."""
+    """IMPALA's convolutions (Espeholt et al. 2018): 3 times conv, max pool, 2 residual blocks."""
 
     def __init__(self, in_channels, frame_size, multiplier):
         super().__init__()
         layers = []
         for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
-            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)]
-            layers += [ResidualBlock(channels), ResidualBlock(channels)]
+            layers += [
+                nn.Conv2d(in_channels, channels, 3, padding=1),
+                nn.MaxPool2d(3, 2, padding=1),
+            ]
+            layers += [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
             in_channels = channels
         self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
         self.num_features = channels * (frame_size // 8) ** 2
@@ -101,98 +107,117 @@ class ImpalaCNN(nn.Module):
 
 
 class LatentPolicy(nn.Module):
-    """pi(o_t) -> z_t: an IMPALA-CNN that imitates the latent actions (3,681,920 parameters at paper settings)."""
+    """pi(o_t) -> z_t (3,681,920 parameters at the paper's sizes)."""
 
     def __init__(self, frame_size, multiplier, z_dim):
         super().__init__()
         self.cnn = ImpalaCNN(3, frame_size, multiplier)
         self.hidden = nn.Linear(self.cnn.num_features, 256)
         self.head = nn.Linear(256, z_dim)
+        self.register_buffer("mean", torch.zeros(z_dim))  # of z, for --standardize
+        self.register_buffer("std", torch.ones(z_dim))
+
+    def features(self, obs):
+        """uint8 (B, S, S, 3) -> the convolutions' output (B, F)"""
+        return self.cnn(to_input(obs[:, None]))
+
+    def latent(self, features):
+        """(B, F) -> z (B, Z)"""
+        return self.mean + self.std * self.head(F.relu(self.hidden(features)))
 
     def forward(self, obs):
         """uint8 (B, S, S, 3) -> z (B, Z)"""
-        return self.head(F.relu(self.hidden(self.cnn(to_input(obs[:, None])))))
+        return self.latent(self.features(obs))
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def imitation_loss(policy, obs, z):
-    """obs uint8 (B, S, S, 3), z (B, Z) before quantisation -> mean squared error ()"""
-    return F.mse_loss(policy(obs), z)
+    """obs uint8 (B, S, S, 3), z (B, Z) before quantization -> mean squared error (), in units of
+    policy.std, which is 1 without --standardize.
+    """
+    return F.mse_loss(policy(obs) / policy.std, z / policy.std)
 
 
 @torch.no_grad()
-def report(policy, obs, z, batch_size=512):
-    """Figures on held-out episodes: obs uint8 (N, S, S, 3), z (N, Z)."""
+def evaluate(policy, obs, z, batch_size=512):
+    """Metrics of held-out frames, as a dict: obs uint8 (N, S, S, 3), z (N, Z).
+
+    variance_explained: 0 for the mean latent, 1 for the IDM's own. A policy stays below 1, because
+    o_t does not determine what a stochastic expert does next.
+    """
     policy.eval()
-    error = (torch.cat([policy(part) for part in obs.split(batch_size)]) - z).pow(2).mean()
+    mse = (torch.cat([policy(part) for part in obs.split(batch_size)]) - z).pow(2).mean()
     policy.train()
-    # the mean action would explain nothing, the IDM's own z everything; what a policy can explain lies between, because
-    # o_t alone does not tell what a sampling expert will do next
-    return dict(test_error=error, variance_explained=1 - error / z.var(0, correction=0).mean())
+    return dict(test_mse=mse, variance_explained=1 - mse / z.var(0, correction=0).mean())
 
 
 def main(args):
-    common.check_flags(args, zero=("warmup_steps",))
     device = common.pick_device(args.device)
-    common.seed_everything(args.seed)
-    data, run = args.data_dir / args.game, common.run_folder(args.runs_dir, args.game, args.vq)
-    run_state = common.RunState(run, "train_latent_bc", args)
-    if run_state.finished(run / "latent_policy.pt"):
-        return
-    dynamics = common.load_checkpoint(
-        run / "latent_dynamics.pt", "latent_dynamics", args.game, f"python train_latent_dynamics.py --game {args.game}"
-    )
-    context = dynamics["context"]
-    z_dim = dynamics["codebooks"] * dynamics["latents_per_codebook"] * dynamics["embedding_dim"]
+    torch.manual_seed(args.seed)
+    data, run = args.data_dir / args.game, args.runs_dir / args.game
 
-    store = common.FrameStore(data / "train", args.game, context, args.pool_frames, args.seed, device, run / "train", dynamics["fingerprint"])
-    windows, where = common.fixed_windows(data / "test", args.game, context, args.eval_windows, args.seed)
-    test_obs = torch.from_numpy(windows[:, context]).to(device)
-    latents = {path: common.read_latents(path, run / "test", args.game, dynamics["fingerprint"])[0] for path in where}
-    test_z = torch.from_numpy(np.concatenate([latents[path][rows] for path, rows in where.items()])).to(device).float()
+    # --- data: frames and the latents that stage 1 wrote for them
+    made_by = f"python train_latent_dynamics.py --game {args.game}"
+    dynamics_path = run / "latent_dynamics.pt"
+    dynamics = common.load_checkpoint(dynamics_path, "latent_dynamics", args.game, made_by)
+    context, stamp = dynamics["context"], dynamics["fingerprint"]
 
-    policy = LatentPolicy(store.frame_size, args.multiplier, z_dim).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: float(np.interp(step, [0, args.warmup_steps, args.grad_steps], [0.01, 1.0, 0.0]))
-    )
+    def open_split(split, pool_frames):
+        where = (data / split, args.game, context, pool_frames, args.seed, device)
+        return common.FrameStore(*where, latents_dir=run / split, dynamics=stamp)
+
+    store, test = open_split("train", args.pool_frames), open_split("test", 65_536)
+    rows = test.draw(args.eval_windows)
+    test_obs, test_z = test.frames_at(rows), test.z_at(rows)
+
+    # --- network
+    size, z_dim = store.frame_size, dynamics["z_dim"]
+    policy = LatentPolicy(size, args.multiplier, z_dim)
+    if args.standardize:
+        z = store.z_at(store.rows[:: max(1, len(store.rows) // 65_536)])  # spread over all shards
+        policy.mean.copy_(z.mean(0))
+        policy.std.copy_(z.std(0) + 1e-6)
+    policy.to(device, memory_format=torch.channels_last)
+    parameters = list(policy.parameters())
+    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
+    end = max(args.grad_steps, args.warmup_steps + 1)
+    ramp = ([0, args.warmup_steps, end], [0.01, 1.0, 0.0])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: float(np.interp(i, *ramp)))
+    loss_function = torch.compile(imitation_loss) if args.compile else imitation_loss
     print(
-        f"stage 2: {args.grad_steps:,} updates of {args.batch_size} frames from {store.num_frames:,} frames of {args.game} at "
-        f"{store.frame_size}x{store.frame_size} ({store.num_slots * store.slot_rows:,} of them in memory) on {device}; "
-        f"policy {sum(p.numel() for p in policy.parameters()):,} parameters"
+        f"stage 2: {args.grad_steps:,} updates of {args.batch_size} frames; {store.num_frames:,} "
+        f"frames of {args.game} at {size}x{size}, {len(store.obs):,} in memory; policy "
+        f"{sum(p.numel() for p in parameters):,} parameters on {device}"
     )
 
-    log = common.MetricsLog(run / "train_latent_bc.csv", args.grad_steps, "step")
-    parts = dict(policy=policy, optimizer=optimizer, schedule=schedule, store=store, log=log)
-    run_state.load(parts)
-    network = common.parallel(policy)
-    loss_of = common.compiled(imitation_loss, common.compiles(args, device))
-    for grad_step in range(run_state.step + 1, args.grad_steps + 1):
-        obs, z = store.sample_latents(args.batch_size)
-        optimizer.zero_grad()  # before a compiled forward pass, which takes the memory of the last gradients
-        with common.autocast(args.precision, device):
-            loss = loss_of(network, obs, z)
+    # --- training
+    output, state = run / "latent_policy.pt", run / "train_latent_bc_state.pt"
+    parts = dict(policy=policy, optimizer=optimizer, schedule=schedule, generator=store.generator)
+    start, _ = common.load_state(state, args, parts)
+    log = common.MetricsLog(run / "train_latent_bc.csv", args.grad_steps, "step", start)
+    for grad_step in range(start + 1, args.grad_steps + 1):
+        rows = store.draw(args.batch_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            loss = loss_function(policy, store.frames_at(rows), store.z_at(rows))
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         log.bar.update()
-        if common.leads() and (grad_step % args.eval_every == 0 or grad_step == args.grad_steps):
-            common.check_finite(grad_step, run / "latent_policy.pt", policy)
-            log.write(grad_step=grad_step, train_error=loss.detach(), **report(policy, test_obs, test_z))
+        if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
+            common.check_finite(grad_step, output, policy)
+            log.write(grad_step=grad_step, train_mse=loss, **evaluate(policy, test_obs, test_z))
             common.save_checkpoint(
-                run / "latent_policy.pt", kind="latent_policy", game=args.game, grad_step=grad_step, frame_size=store.frame_size,
-                start_level=store.settings["start_level"], num_levels=store.settings["num_levels"], context=context,
-                multiplier=args.multiplier, z_dim=z_dim, dynamics=dynamics["fingerprint"], model=policy.state_dict(),
+                output, kind="latent_policy", game=args.game, grad_step=grad_step,
+                settings=store.settings, frame_size=size, context=context, z_dim=z_dim,
+                multiplier=args.multiplier, dynamics=stamp, policy=policy.state_dict(),
             )  # fmt: skip
-        if run_state.due():
-            run_state.save(grad_step, parts)
+            common.save_state(state, args, grad_step, parts)
     log.bar.close()
-    run_state.finish()
-    print(f"latent policy: {run / 'latent_policy.pt'}\nnext: python decode_offline.py --game {args.game}, or decode_online_ppo.py")
+    print(f"latent policy: {output}\nnext: python decode_offline.py --game {args.game}")
 
 
 if __name__ == "__main__":
-    with common.process_group():
-        main(tyro.cli(Args))
+    main(tyro.cli(Args))

@@ -1,245 +1,170 @@
-"""visualize_latents.py: figures with known outcomes, the table of equivalent actions on real Procgen, and a tiny chain."""
+"""visualize_latents.py: metrics by hand, and whole runs on tiny data with and without labels."""
 
 import json
+import sys
+from types import SimpleNamespace
 
-import common
+import common  # before torch
 import numpy as np
 import pytest
 import torch
+import train_latent_dynamics
 import visualize_latents as viz
+from PIL import Image
+
+LEFT, RIGHT, NONE, D = (common.ACTIONS.index(name) for name in ("left", "right", "none", "D"))
 
 
-def test_knn_purity_is_one_on_separated_clusters_and_chance_on_shuffled_labels():
+def test_knn_purity_and_chance_by_hand():
+    z = np.array([[0.0], [1], [3], [10], [11], [13]])  # neighbours: 1, 0, 1, 4, 3, 4
+    purity, chance = viz.knn_purity(z, np.array([0, 0, 0, 0, 1, 1]), k=1)
+    assert purity == pytest.approx(4 / 6)  # not: row 3, next to row 4, and row 4
+    assert chance == pytest.approx((4 * 3 + 2 * 1) / (6 * 5))
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_medoids_are_rows_of_their_clusters_and_largest_first():
     rng = np.random.default_rng(0)
-    actions = rng.choice(5, 1000, p=[0.4, 0.3, 0.1, 0.1, 0.1])
-    z = 100.0 * np.eye(8)[actions] + rng.normal(size=(1000, 8))
-    purity, chance = viz.knn_purity(z, actions)
-    assert purity == 1.0
-    assert chance == pytest.approx(0.4**2 + 0.3**2 + 3 * 0.1**2, abs=0.03)
-    purity, chance = viz.knn_purity(z, rng.permutation(actions))
-    assert purity == pytest.approx(chance, abs=0.03)
+    truth = rng.permutation(np.repeat([0, 1, 2], [50, 30, 20]))
+    z_q = (10 * np.eye(4)[truth] + rng.uniform(-1, 1, (100, 4))).astype(np.float32)
+    rows, cluster = viz.medoids(z_q, 3, seed=0)
+    assert np.array_equal(cluster, truth) and truth[rows].tolist() == [0, 1, 2]
+    for i, row in enumerate(rows):
+        distance = np.linalg.norm(z_q - z_q[truth == i].mean(0), axis=1)
+        assert row == np.where(truth == i, distance, np.inf).argmin()
+    two = np.repeat(np.eye(2), [20, 30], 0).astype(np.float32)  # fewer rows than clusters
+    assert viz.medoids(two, 12, seed=0)[0].tolist() == [20, 0]
 
 
-def test_merged_accuracy_of_hand_made_predictions():
-    left_down, left, none, right, d = (common.ACTIONS.index(name) for name in ("left-down", "left", "none", "right", "D"))
-    distinct = common.distinct_actions("maze")  # left = left-down = left-up, none = D = A = ..
-    assert distinct[left_down] == distinct[left] == left and distinct[d] == distinct[none] == none and distinct[right] == right
-    probabilities = np.zeros((4, 15))
-    probabilities[0, left] = 1.0  # truly left: right
-    probabilities[1, left_down] = 1.0  # truly left: wrong, but equivalent
-    probabilities[2, [none, d, right]] = 0.3, 0.3, 0.4  # truly none: right only once none and D add up
-    probabilities[3, right] = 1.0  # truly D: wrong either way
-    assert viz.accuracies(probabilities, np.array([left, left, none, d]), distinct) == (0.25, 0.75)
+def test_code_metrics_by_hand():
+    codes = np.array([[0, 3, 5, 5], [1, 3, 5, 5]], np.uint8)  # two positions of each codebook
+    metrics = viz.code_metrics(codes, codebooks=2, embeddings=8)
+    assert metrics["codes_used"] == (3 + 1) / 16
+    assert metrics["perplexity_mean"] == pytest.approx((2 + 1 + 1 + 1) / 4)
+    assert metrics["perplexity_min"] == pytest.approx(1)
 
 
-def test_probe_finds_a_linear_rule_and_copes_with_actions_it_never_saw():
-    rng = np.random.default_rng(0)
-    z = rng.normal(size=(400, 6))
-    actions = np.where(z[:, 0] > 0, 7, 1)
-    probabilities = viz.probe(viz.LogisticRegression(), z[:300], actions[:300], z[300:])
-    assert probabilities.shape == (100, 15) and np.allclose(probabilities.sum(1), 1)
-    assert viz.accuracies(probabilities, actions[300:], np.arange(15))[0] > 0.95
-    assert viz.accuracies(probabilities, np.full(100, 14), np.arange(15))[0] == 0
-
-
-def test_codebook_use_counts_each_codebook_by_itself():
-    codes = np.array([[0, 1, 5, 5], [2, 3, 5, 5]], np.uint8)  # first codebook: 4 codes alike; second: one code only
-    perplexity, used = viz.codebook_use(codes, codebooks=2, embeddings=8)
-    assert perplexity == pytest.approx([4, 1], rel=1e-3)
-    assert used == pytest.approx([4 / 8, 1 / 8])
-
-
-def test_fdm_errors_of_a_stub_that_adds_z_to_the_last_frame():
-    rng = np.random.default_rng(0)
-    step = rng.integers(-40, 41, 600)  # what is added to every pixel between o_t and o_{t+1}
-    windows = np.full((600, 3, 4, 4, 3), 100, np.uint8)
-    windows[:, 2] += step.astype(np.uint8)[:, None, None, None]  # wraps round to the right value
-    z_q = torch.from_numpy(step[:, None]).float()
+def test_fdm_mse_of_an_fdm_that_adds_z_to_the_last_frame():
+    step = torch.tensor([30, -10, 0, 20])  # of all pixels
+    windows = torch.full((4, 3, 2, 2, 3), 100, dtype=torch.uint8)
+    windows[:, 2] += step.to(torch.uint8)[:, None, None, None]  # wraps round to the right value
+    z_q = step[:, None].float()
 
     def fdm(past, z):
         return viz.to_input(past[:, -1:]) + z[:, :, None, None] / 255
 
-    errors = viz.fdm_errors(fdm, windows, z_q, z_q / 2, "cpu", seed=0)
-    assert errors["true"] == pytest.approx(0, abs=1e-10)
-    assert errors["copy"] == pytest.approx(np.square(step / 255).mean(), rel=1e-4)
-    assert errors["zeroed"] == pytest.approx(errors["copy"], rel=1e-4)
-    assert errors["mean_of_action"] == pytest.approx(errors["copy"] / 4, rel=1e-4)
-    assert errors["shuffled"] == pytest.approx(2 * errors["copy"], rel=0.2)  # two steps that have nothing to do with each other
+    latents = dict(true=z_q, zeroed=0 * z_q, shuffled=z_q[[1, 0, 3, 2]])
+    mse = viz.fdm_mse(fdm, windows, latents, batch_size=3)
+    assert list(mse) == [f"fdm_mse_{name}" for name in ("true", "zeroed", "shuffled", "copy")]
+    squares = [0, 350, 1000, 350]  # (900 + 100 + 0 + 400) / 4; (40^2 + 40^2 + 20^2 + 20^2) / 4
+    assert list(mse.values()) == pytest.approx([x / 255**2 for x in squares], rel=1e-4, abs=1e-12)
 
 
-def test_medoids_are_real_rows_of_their_clusters_largest_first():
-    rng = np.random.default_rng(0)
-    cluster = rng.permutation(np.repeat([0, 1, 2], [50, 30, 20]))
-    z_q = 10.0 * np.eye(4)[cluster] + rng.uniform(-1, 1, (100, 4))
-    rows, found = viz.medoids(z_q.astype(np.float32), 3, seed=0)
-    assert cluster[rows].tolist() == [0, 1, 2] and np.array_equal(found, cluster)
-    for i, row in enumerate(rows):  # of its cluster's rows the nearest to their mean
-        distance = np.linalg.norm(z_q - z_q[cluster == i].mean(0), axis=1)
-        assert row == np.where(cluster == i, distance, np.inf).argmin()
-    rows, found = viz.medoids(np.repeat(np.eye(2), [20, 30], 0).astype(np.float32), 12, seed=0)  # two combinations of codes
-    assert rows.tolist() == [20, 0] and found.tolist() == [1] * 20 + [0] * 30
+@pytest.mark.parametrize("context", [1, 3])
+def test_rollout_feeds_predictions_back_as_whole_pixel_values(context):
+    past = torch.randint(256, (2, context + 1, 8, 8, 3), dtype=torch.uint8)
 
+    def fdm(past, z):  # z pixels to the right of the last frame, and not a whole pixel value
+        assert past.shape[1] == context + 1 and past.dtype == torch.uint8
+        moved = torch.stack([frame.roll(int(by), 1) for frame, by in zip(past[:, -1], z[:, 0])])
+        return viz.to_input(moved[:, None]) + 0.3 / 255
 
-@pytest.mark.parametrize("context", [1, 2, 3])
-def test_rolled_forward_under_a_shift_each_frame_is_shifted_once_more(context):
-    past = torch.randint(256, (2, context + 1, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    lengths = []
-
-    def fdm(past, z):  # z pixels to the right of the last frame, and a bit too bright to be a whole pixel value
-        lengths.append(past.shape[1])
-        shifted = torch.stack([frame.roll(int(by), 1) for frame, by in zip(past[:, -1], z[:, 0])])
-        return viz.to_input(shifted[:, None]) + 0.3 / 255
-
-    film = viz.roll_forward(fdm, past, torch.tensor([[1.0], [3.0]]), steps=15)
-    assert film.shape == (2, 16, 16, 16, 3) and film.dtype == torch.uint8 and set(lengths) == {context + 1}
+    film = viz.rollout(fdm, past, torch.tensor([[1.0], [3.0]]), steps=5)
     for row, by in enumerate((1, 3)):
-        for step in range(16):
+        for step in range(6):
             assert torch.equal(film[row, step], past[row, -1].roll(by * step, 1))
 
 
-def test_pca_gives_the_two_widest_directions():
-    z = np.random.default_rng(0).normal(size=(500, 5)) * [1, 20, 1, 5, 1]
-    assert viz.project(z, "pca", seed=0).std(0) == pytest.approx([20, 5], rel=0.1)
+def broken_umap(*_, **__):
+    raise RuntimeError("cannot cache function: no locator available for file 'é'\nsecond line")
 
 
-def test_film_strip_and_gif(tmp_path):
-    film = np.random.default_rng(0).integers(256, size=(5, 16, 16, 16, 3), dtype=np.uint8)
-    film[:, 8] = film[:, 7]  # a still moment is a frame of its own
-    names = [f"{i}: 20%" for i in range(5)]
-    viz.plot_film(tmp_path / "film.png", film, names, "title")
-    viz.save_film_gif(tmp_path / "film.gif", film, names, "title", columns=4, frames_per_second=5)
-    assert viz.Image.open(tmp_path / "film.png").format == "PNG"
-    gif = viz.Image.open(tmp_path / "film.gif")
-    assert gif.n_frames == 16 and gif.info["loop"] == 0 and gif.info["duration"] == 200
-    assert gif.size == (int(2.3 * 4 * 80), int((2.75 * 2 + 0.9) * 80))
-    first = np.asarray(gif.convert("RGB")).astype(int)
-    gif.seek(1)
-    assert np.abs(first - np.asarray(gif.convert("RGB"))).mean() > 10  # it moves
+def test_umap_is_used_if_it_works_and_tsne_if_not(monkeypatch, capsys):
+    z = np.random.default_rng(0).normal(size=(40, 4))
+    fitted = SimpleNamespace(fit_transform=lambda z: z[:, :2])
+    works = SimpleNamespace(UMAP=lambda *_, **__: fitted)
+    monkeypatch.setitem(sys.modules, "umap", works)
+    xy, method = viz.project(z, "umap", seed=0)
+    assert method == "umap" and np.array_equal(xy, z[:, :2])
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=broken_umap))
+    xy, method = viz.project(z, "umap", seed=0)
+    assert method == "tsne" and xy.shape == (40, 2)
+    line = capsys.readouterr().out
+    assert line.isascii() and line.count("\n") == 1 and "t-SNE" in line
 
 
-def same_outcome(game, states, horizon):
-    """bool [15, 15]: which actions led to the same frames, rewards and episode ends from all of `states` states."""
-    source, copies = (common.games.ProcgenGym3Env(num, game, distribution_mode="easy", rand_seed=3, num_threads=0) for num in (8, 15))
-    rng = np.random.default_rng(0)
-    same = np.ones((15, 15), bool)
-    action = rng.integers(15, size=8)
-    for _ in range(states // 8):
-        for _ in range(10):  # sticky random play between two samples
-            action = np.where(rng.random(8) < 0.3, rng.integers(15, size=8), action)
-            source.act(action)
-            source.observe()
-        for state in source.get_state():
-            copies.set_state([state] * 15)
-            action_of_copy = np.arange(15)
-            for _ in range(horizon):  # the internal state may remember the action, so let the copies go on
-                copies.act(action_of_copy)
-                reward, obs, first = copies.observe()
-                outcome = np.array([hash((o.tobytes(), r, f)) for o, r, f in zip(obs["rgb"], reward.tolist(), first.tolist())])
-                same &= outcome[:, None] == outcome
-                action_of_copy = np.full(15, rng.integers(15))
-    return same
+def write_split(folder, game, rows, seed, labels):
+    """A square that goes left or right, or stays (actions none and D, of equal effect)."""
+    rng = np.random.default_rng(seed)
+    action = rng.choice([LEFT, RIGHT, NONE, D], rows)
+    column = np.cumsum(np.select([action == LEFT, action == RIGHT], [-2, 2], 0)) % 16
+    obs = np.full((rows, 16, 16, 3), 60, np.uint8)
+    obs[np.arange(rows)[1:], 6:10, column[:-1]] = 255
+    first = np.arange(rows) % 50 == 0
+    common.save_npz(folder / "frames_000.npz", dict(game=game), obs=obs, first=first)
+    if labels:
+        arrays = dict(action=action.astype(np.uint8), reward=np.zeros(rows, np.float32))
+        common.save_npz(folder / "labels_000.npz", dict(game=game), **arrays)
 
 
-@pytest.mark.parametrize("game", ["climber", "ninja", "starpilot"])
-def test_actions_said_to_be_equivalent_are_and_no_others(game):
-    distinct = common.distinct_actions(game)
-    assert (same_outcome(game, states=160, horizon=4) == (distinct[:, None] == distinct[None])).all()
-
-
-def test_the_table_covers_all_games_and_names_real_actions_once():
-    assert set(common.EQUIVALENT_ACTIONS) == set(common.RETURNS)
-    for groups in common.EQUIVALENT_ACTIONS.values():
-        names = " ".join(groups).split()
-        assert len(names) == len(set(names)) and set(names) <= set(common.ACTIONS)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder of a tiny run of the real scripts, up to the latents."""
-    import collect_data
-    import train_latent_dynamics
-
-    root = tmp_path_factory.mktemp("run")
-    where = dict(game="starpilot", device="cpu", data_dir=root / "data", runs_dir=root / "runs")
-    collect_data.main(collect_data.Args(
-        **where, experts_dir=root / "experts", expert_steps=64, num_envs=4, rollout_steps=64, frame_size=16, expert_multiplier=0.25,
-        train_frames=512, test_frames=256,
-    ))  # fmt: skip
-    train_latent_dynamics.main(train_latent_dynamics.Args(
-        **where, multiplier=0.25, fdm_width=4, codebooks=2, latents_per_codebook=2, embeddings=8, embedding_dim=4,
-        grad_steps=3, batch_size=8, eval_every=3, eval_windows=64,
-    ))  # fmt: skip
+def tiny_run(root, game, labels, **flags):
+    """Arguments for visualize_latents.py after a toy run of stage 1."""
+    where = dict(game=game, device="cpu", data_dir=root / "data", runs_dir=root / "runs")
+    for seed, split in enumerate(["train", "test", "random"][: 3 if labels else 2]):
+        write_split(root / "data" / game / split, game, 300, seed, labels)
+    small = dict(codebooks=2, latents_per_codebook=2, embeddings=8, embedding_dim=4, batch_size=8)
+    small |= dict(multiplier=0.25, fdm_width=4, grad_steps=2, eval_windows=120)
+    train_latent_dynamics.main(train_latent_dynamics.Args(**where, **small, **flags))
     return where
 
 
-def test_chain_writes_plots_and_figures(run, capsys):
-    viz.main(viz.Args(**run, points=100, projection="umap", supervised_steps=2))
-    folder = run["runs_dir"] / "starpilot"
-    for name in ("latents.png", "latents_frames.png", "fdm.png", "film.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert viz.Image.open(folder / "film.gif").n_frames == 16
-    with np.load(folder / "latents.npz", allow_pickle=False) as file:
+def load_results(run):
+    for name in ("latents", "latents_frames", "fdm", "film"):
+        assert Image.open(run / f"{name}.png").format == "PNG"
+    assert Image.open(run / "film.gif").n_frames == 16
+    with np.load(run / "latents.npz", allow_pickle=False) as file:
         arrays = dict(file)
-    assert arrays["xy"].shape == (100, 2) and np.isfinite(arrays["xy"]).all()
-    assert arrays["action"].shape == arrays["distinct_action"].shape == (100,)
-    assert arrays["perplexity"].shape == arrays["codes_used"].shape == (2,)
-    for name in ("majority", "untrained_linear", "linear", "mlp", "knn_purity", "knn_chance", "silhouette"):
-        assert arrays[name].shape == (2,)  # all 15 actions; equivalent ones merged
-    assert arrays["supervised"].shape == (2,)
-    for name in ("true", "mean_of_action", "zeroed", "shuffled", "copy"):
-        assert arrays[f"fdm_error_{name}"] > 0
-    settings = json.loads(str(arrays["settings"]))
-    assert settings["projection"] == "umap" and settings["vq"] and (settings["frame_size"], settings["num_levels"]) == (16, 0)
-    table = capsys.readouterr().out
-    assert "linear probe of z" in table and "shuffled" in table
-    assert "IDM trained on true actions" in table
+    return arrays, json.loads(str(arrays.pop("settings")))
 
 
-def test_chain_without_quantisation_and_with_more_context(run, capsys):
-    import train_latent_dynamics
-
-    small = dict(multiplier=0.25, fdm_width=4, latents_per_codebook=2, embedding_dim=4, grad_steps=3, batch_size=8, eval_windows=64)
-    train_latent_dynamics.main(train_latent_dynamics.Args(**run, **small, vq=False, context=3))
-    viz.main(viz.Args(**run, vq=False, points=100, projection="tsne", supervised_steps=0))
-    assert "IDM trained on true actions" not in capsys.readouterr().out
-    folder = run["runs_dir"] / "starpilot_no_vq"
-    assert all((folder / name).exists() for name in ("latents.png", "latents_frames.png", "fdm.png", "film.png", "film.gif"))
-    with np.load(folder / "latents.npz", allow_pickle=False) as file:
-        assert "perplexity" not in file.files and "supervised" not in file.files and np.isfinite(file["xy"]).all()
-        assert not json.loads(str(file["settings"]))["vq"]
-
-
-def error_line(args):
-    with pytest.raises(SystemExit) as error:
-        viz.main(args)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_missing_or_foreign_files_give_one_clear_line(run, tmp_path):
-    args = viz.Args(**{**run, "runs_dir": tmp_path})
-    assert "latent_dynamics.pt is missing" in error_line(args)
-    assert "did you mean" in error_line(viz.Args(game="coinrum"))
-
-    (tmp_path / "starpilot").mkdir()
-    checkpoint = run["runs_dir"] / "starpilot" / "latent_dynamics.pt"
-    (tmp_path / "starpilot" / "latent_dynamics.pt").write_bytes(checkpoint.read_bytes())
-    line = error_line(args)
-    assert "latents_000.npz is missing" in line and "python train_latent_dynamics.py --game starpilot" in line
-
-    dynamics = torch.load(checkpoint, weights_only=True)["fingerprint"]
-    for split in ("train", "test"):  # latents of fewer frames than lie in data/
-        frames = sorted((run["data_dir"] / "starpilot" / split).glob("frames_*.npz"))
-        for path in frames:
-            rows = common.count_rows(path) - 8
-            latents = dict(z=np.zeros((rows, 16), np.float16), codes=np.zeros((rows, 4), np.uint8), valid=np.ones(rows, bool), dynamics=dynamics)
-            common.save_npz(common.beside(path, "latents", tmp_path / "starpilot" / split), **latents)
-    assert "made from other frames" in error_line(args)
+def test_whole_script_with_labels(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=broken_umap))
+    where = tiny_run(tmp_path, "miner", labels=True)
+    run, bounds = tmp_path / "runs" / "miner", dict(random_return=1.25, expert_return=11.75)
+    curves = dict(labels=[16], returns=[[2.0, 4.0]], blind_return=1.5)
+    common.save_npz(run / "decode_offline.npz", bounds, **curves)
+    common.save_npz(run / "decode_online_rl_sl.npz", bounds, env_steps=[4096], returns=[7.5])
+    capsys.readouterr()
+    viz.main(viz.Args(**where, points=120, supervised_steps=2))
+    text = capsys.readouterr().out
+    assert text.isascii() and text.index("random_probe ") < text.index("majority")  # comes first
+    for line in ("without looking 1.5", "16 labels 3", "4,096 steps online 7.5"):
+        assert line in " ".join(text.split())
+    m, settings = load_results(run)
+    assert m["xy"].shape == (len(m["action"]), 2) and np.isfinite(m["xy"]).all()
+    assert set(m["action"]) <= {LEFT, RIGHT, NONE}  # D is merged with none
+    names = [f"{a}{b}" for a in ("", "random_") for b in ("probe", "majority", "probe_untrained")]
+    names += "mlp_probe supervised knn_purity knn_chance codes_used".split()
+    assert all(0 <= m[name] <= 1 and m[name].shape == () for name in names)
+    assert -1 <= m["silhouette"] <= 1 and 0.99 < m["perplexity_min"] <= m["perplexity_mean"] <= 8
+    assert all(m[f"fdm_mse_{x}"] > 0 for x in "true mean_of_action zeroed shuffled copy".split())
+    assert settings["projection"] == "tsne" and settings["labelled"] and settings["game"] == "miner"
+    names, *_, values = (run / "train_latent_dynamics.csv").read_text().splitlines()
+    stage_1 = dict(zip(names.split(","), values.split(",")))  # on the same windows
+    assert m["random_probe"] == pytest.approx(float(stage_1["probe"]))
 
 
-def test_missing_labels_give_one_clear_line(run, tmp_path):
-    for split in ("train", "test"):
-        for path in (run["data_dir"] / "starpilot" / split).glob("frames_*.npz"):
-            common.write_bytes(tmp_path / "starpilot" / split / path.name, path.read_bytes())
-    line = error_line(viz.Args(**{**run, "data_dir": tmp_path}))
-    assert "labels_000.npz is missing" in line and "python collect_data.py --game starpilot" in line
+def test_whole_script_without_labels_codes_or_procgen(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "procgen", None)  # cannot be imported
+    where = tiny_run(tmp_path, "own_video", labels=False, vq=False, context=2)
+    viz.main(viz.Args(**where, points=120, projection="pca"))
+    m, settings = load_results(tmp_path / "runs" / "own_video")
+    fdm = {f"fdm_mse_{name}" for name in ("true", "zeroed", "shuffled", "copy")}
+    assert m.keys() == {"xy", "action"} | fdm
+    counts = np.bincount(m["action"])  # clusters, largest first
+    assert 2 <= len(counts) <= 12 and (np.diff(counts) <= 0).all()
+    assert not settings["labelled"] and not settings["vq"]
+    with pytest.raises(SystemExit, match="at least 50"):
+        viz.main(viz.Args(**where, points=20, projection="pca"))
+    with pytest.raises(SystemExit, match="make it with: python train_latent_dynamics.py"):
+        viz.main(viz.Args(**where | dict(game="maze")))

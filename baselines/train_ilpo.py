@@ -1,0 +1,260 @@
+"""Baseline: ILPO, imitating latent policies from observation (Edwards et al. 2019; paper, A.5).
+
+There is no IDM. A generator predicts the change o_{t+1} - o_t for each of K discrete latents, and
+only the nearest of the K predictions is trained, so that each latent stands for one kind of change.
+A latent policy pi(z | o_t) is trained on the same frames, so that the mean of the K predictions
+under pi comes near o_{t+1}. Online decoding then starts from that policy, as it does with LAPO's.
+
+Nothing keeps all K latents in use: one that is never the nearest is never trained. Struckmeier and
+Kyrki (2023) describe this collapse, so the histogram of nearest latents and the entropy of pi are
+logged: a perplexity near 1 means that one latent stands for every change.
+
+Known of ILPO are both losses and Adam's settings. The paper does not report its number of latents,
+its networks or its number of updates: here K is 15, the number of Procgen's actions, and the rest
+is LAPO's (A.4). Edwards et al. label online transitions with their nearest latents and learn a map
+to actions; here PPO alone decodes, from the latent policy's features (--method rl).
+
+reads   data/<game>/{train,test,random}/frames_NNN.npz (labels, if there, for metrics only)
+writes  runs/ilpo/<game>/latent_policy.pt, ilpo_generator.pt, train_ilpo.csv
+
+paper scale   python -m baselines.train_ilpo --game bigfish
+  then        python decode_online_ppo.py --game bigfish --method rl --runs-dir runs/ilpo
+one level     python collect_data.py --game coinrun --num-levels 1 --data-dir data/one_level
+(A.5)             --experts-dir experts/one_level
+              python -m baselines.train_ilpo --game coinrun --latents 4 --data-dir data/one_level
+                  --runs-dir runs/ilpo_one_level
+on a CPU      python -m baselines.train_ilpo --game miner --latents 4 --multiplier 0.5 --fdm-width 8
+                  --batch-size 32 --lr 1e-3 --grad-steps 1000 --eval-windows 512 --eval-every 250
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import common  # before torch
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from train_latent_bc import LatentPolicy
+from train_latent_dynamics import FDM, perplexity, to_input
+
+
+@dataclass
+class Args:
+    game: str = "bigfish"
+    """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
+    seed: int = 1
+    """Seeds networks, samples and the games themselves."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    data_dir: Path = Path("data")
+    """Frames and labels are in <data-dir>/<game>."""
+    runs_dir: Path = Path("runs/ilpo")
+    """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
+    resume: bool = False
+    """Continue the run that was stopped; it starts anew if there is none."""
+    compile: bool = False
+    """Compile the loss with torch.compile."""
+    bf16: bool = False
+    """Compute layers in bfloat16; weights stay float32."""
+    pool_frames: int = 1_000_000
+    """Frames in memory at once (12 KB each at 64x64); more than that on disk are streamed."""
+    eval_every: int = 2000
+    """Gradient steps between evaluations, checkpoints and saved states."""
+    eval_windows: int = 4096
+    """Windows of each split to evaluate on."""
+
+    context: int = 1
+    """k: frames before o_t that the generator sees (LAPO's, A.4); pi sees o_t alone."""
+    latents: int = 15
+    """K: discrete latents (not known from the paper; Edwards et al. on CoinRun: 4)."""
+    multiplier: float = 4
+    """Multiplies IMPALA's channels 16, 32, 32 (A.4)."""
+    fdm_width: int = 24
+    """Channels of the U-Net's first block (official code: 24, 7.8M parameters)."""
+    grad_steps: int = 70_000
+    """Updates (not known for ILPO; those of stage 1, A.4)."""
+    batch_size: int = 128
+    """Windows per update (A.4)."""
+    lr: float = 2e-4
+    """Learning rate of Adam, constant (Edwards et al.)."""
+    adam_beta1: float = 0.5
+    """Adam's decay of the mean gradient (Edwards et al.)."""
+
+
+# --- training -------------------------------------------------------------------------------------
+# The generator is stage 1's FDM that predicts the change, given a one-hot latent. The policy is
+# stage 2's network, its K outputs read as the logits of pi.
+
+
+def predict_all(generator, past, latents):
+    """past uint8 (B, k + 1, S, S, 3) -> o_{t+1} for each latent (B, K, 3, S, S)"""
+    z = torch.eye(latents, device=past.device).repeat(len(past), 1)  # (B * K, K)
+    past = past.repeat_interleave(latents, 0)  # (B * K, k + 1, S, S, 3)
+    return generator(past, z).unflatten(0, (-1, latents))
+
+
+def mse_of_each(predicted, windows):
+    """predicted (B, K, 3, S, S), windows uint8 (B, k + 2, S, S, 3) -> mse of o_{t+1} (B, K)"""
+    return (predicted - to_input(windows[:, -1:])[:, None]).pow(2).mean((2, 3, 4))
+
+
+def mean_prediction(pi, predicted):
+    """pi (B, K), predicted (B, K, 3, S, S) -> the expectation of o_{t+1} under pi (B, 3, S, S)"""
+    return (pi[:, :, None, None, None] * predicted).sum(1)
+
+
+@torch.no_grad()
+def nearest_latents(generator, windows, latents, batch_size=64):
+    """uint8 (N, k + 2, S, S, 3) -> the latent whose prediction is nearest to o_{t+1}, int64 (N,)"""
+    parts = windows.split(batch_size)
+    predicted = (predict_all(generator, part[:, :-1], latents) for part in parts)
+    return torch.cat([mse_of_each(p, part).argmin(1) for p, part in zip(predicted, parts)])
+
+
+def ilpo_loss(policy, generator, windows, latents):
+    """windows uint8 (B, k + 2, S, S, 3) -> loss (), mse of the nearest prediction (), mse of the
+    mean prediction under pi ().
+
+    The mse of o_{t+1} is that of the change, because the generator adds the change to o_t. All
+    latents are tried without gradients, then the nearest one is predicted again with them. So the
+    first mse trains only the generator, for the nearest latent; the second only the policy.
+    """
+    past, target = windows[:, :-1], to_input(windows[:, -1:])
+    generator.eval()  # running statistics: a prediction depends on no other window or latent
+    with torch.no_grad():
+        predicted = predict_all(generator, past, latents)  # (B, K, 3, S, S)
+        nearest = mse_of_each(predicted, windows).argmin(1)
+    generator.train()
+    nearest_mse = F.mse_loss(generator(past, F.one_hot(nearest, latents).float()), target)
+    pi = policy(windows[:, -2]).softmax(-1)  # (B, K)
+    mean_mse = F.mse_loss(mean_prediction(pi, predicted), target)
+    return nearest_mse + mean_mse, nearest_mse, mean_mse
+
+
+def map_accuracy(z, actions, test_z, test_actions, latents):
+    """Accuracy of the map from each latent to its most frequent action in z, actions [N]; and of
+    their majority class, to which the map also sends latents that never came up.
+    """
+    counts = np.zeros((latents, common.NUM_ACTIONS))
+    np.add.at(counts, (z, actions), 1)
+    majority = counts.sum(0).argmax()
+    action = np.where(counts.any(1), counts.argmax(1), majority)  # [K]
+    accuracy = (action[test_z] == test_actions).mean()
+    return float(accuracy), float((test_actions == majority).mean())
+
+
+@torch.no_grad()
+def evaluate(policy, generator, test_windows, probe_windows, probe_actions, latents, batch_size=64):
+    """Metrics of held-out windows uint8 (N, k + 2, S, S, 3), as a dict.
+
+    The map to probe_actions [N] (or None) is fitted on three quarters of the probe_windows, and
+    tested on the last quarter, which comes from other streams.
+    """
+    policy.eval(), generator.eval()
+    metrics, nearest, pi = dict(test_mse=0.0, test_mean_mse=0.0, copy_mse=0.0), [], []
+    for windows in test_windows.split(batch_size):
+        predicted = predict_all(generator, windows[:, :-1], latents)  # (B, K, 3, S, S)
+        mse, nearest_latent = mse_of_each(predicted, windows).min(1)
+        nearest.append(nearest_latent)
+        pi.append(policy(windows[:, -2]).softmax(-1))
+        target, weight = to_input(windows[:, -1:]), len(windows) / len(test_windows)
+        mean_mse = F.mse_loss(mean_prediction(pi[-1], predicted), target)
+        metrics["test_mse"] += weight * mse.mean().item()
+        metrics["test_mean_mse"] += weight * mean_mse.item()
+        metrics["copy_mse"] += weight * F.mse_loss(to_input(windows[:, -2:-1]), target).item()
+    nearest, pi = torch.cat(nearest).cpu().numpy(), torch.distributions.Categorical(torch.cat(pi))
+    metrics["perplexity"] = perplexity(nearest, latents)  # of the nearest latents, K at most
+    metrics["policy_entropy"] = pi.entropy().mean()  # of pi(z | o_t), in nats, log K at most
+    metrics["policy_perplexity"] = torch.distributions.Categorical(pi.probs.mean(0)).perplexity()
+    if probe_actions is not None:
+        z = nearest_latents(generator, probe_windows, latents).cpu().numpy()
+        a, n = probe_actions, len(z) * 3 // 4
+        accuracy = map_accuracy(z[:n], a[:n], z[n:], a[n:], latents)
+        metrics["map_accuracy"], metrics["majority"] = accuracy
+    frequencies = np.bincount(nearest, minlength=latents) / len(nearest)
+    metrics["histogram"] = " ".join(f"{x:.3f}" for x in frequencies)
+    policy.train(), generator.train()
+    return metrics
+
+
+def main(args):
+    device = common.pick_device(args.device)
+    torch.manual_seed(args.seed)
+    data, run = args.data_dir / args.game, args.runs_dir / args.game
+    if args.latents < 2:
+        common.fail(f"--latents {args.latents} leaves no choice of a latent; 2 or more do")
+
+    # --- data: as in stage 1, latents are compared with actions on random play, if there is any
+    def open_split(split, pool_frames):
+        folder = data / split
+        return common.FrameStore(folder, args.game, args.context, pool_frames, args.seed, device)
+
+    store, test = open_split("train", args.pool_frames), open_split("test", 65_536)
+    random_play = (data / "random").exists()
+    probed = open_split("random", 65_536) if random_play else test
+    if not store.frame_size == test.frame_size == probed.frame_size:
+        common.fail(f"the splits of {data} differ in frame size")
+    test_windows = test.windows_at(test.draw(args.eval_windows))
+    rows = probed.draw(args.eval_windows).sort()[0]
+    probe = probed.windows_at(rows), common.true_actions_to_report_on(probed, rows)
+
+    # --- networks
+    size, latents = store.frame_size, args.latents
+    policy = LatentPolicy(size, args.multiplier, latents)
+    generator = FDM(size, args.context, latents, args.fdm_width, predict_change=True)
+    for module in (policy, generator):
+        module.to(device, memory_format=torch.channels_last)
+    parameters = [*policy.parameters(), *generator.parameters()]
+    optimizer = torch.optim.Adam(parameters, args.lr, betas=(args.adam_beta1, 0.999), fused=True)
+    loss_function = torch.compile(ilpo_loss) if args.compile else ilpo_loss
+    counts = [sum(p.numel() for p in module.parameters()) for module in (policy, generator)]
+    print(
+        f"ILPO: {args.grad_steps:,} updates of {args.batch_size} windows, {latents} latents each; "
+        f"{store.num_frames:,} frames of {args.game} at {size}x{size}, {len(store.obs):,} in "
+        f"memory; policy {counts[0]:,}, generator {counts[1]:,} parameters on {device}; latents "
+        f"compared with actions on {'random' if random_play else 'test'}"
+    )
+
+    # --- training
+    output, state = run / "latent_policy.pt", run / "train_ilpo_state.pt"
+    parts = dict(policy=policy, generator=generator, optimizer=optimizer, draws=store.generator)
+    start, _ = common.load_state(state, args, parts)
+    log = common.MetricsLog(run / "train_ilpo.csv", args.grad_steps, "step", start)
+    for grad_step in range(start + 1, args.grad_steps + 1):
+        windows = store.windows_at(store.draw(args.batch_size))
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            loss, nearest_mse, mean_mse = loss_function(policy, generator, windows, latents)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        log.bar.update()
+        if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
+            common.check_finite(grad_step, output, policy, generator)
+            metrics = evaluate(policy, generator, test_windows, *probe, latents)
+            log.write(
+                grad_step=grad_step, train_mse=nearest_mse, train_mean_mse=mean_mse, **metrics
+            )
+            if metrics["perplexity"] < 1.5:
+                log.bar.write("warning: one latent stands for nearly every change (collapse)")
+            common.save_checkpoint(
+                run / "ilpo_generator.pt", kind="ilpo_generator", game=args.game,
+                grad_step=grad_step, settings=store.settings, frame_size=size, context=args.context,
+                latents=latents, fdm_width=args.fdm_width, generator=generator.state_dict(),
+            )  # fmt: skip
+            common.save_checkpoint(
+                output, kind="latent_policy", game=args.game, grad_step=grad_step,
+                settings=store.settings, frame_size=size, context=args.context, z_dim=latents,
+                multiplier=args.multiplier, dynamics=common.fingerprint(generator),
+                policy=policy.state_dict(),
+            )  # fmt: skip
+            common.save_state(state, args, grad_step, parts)
+    log.bar.close()
+    print(
+        f"latent policy and generator: {run}\nnext: python decode_online_ppo.py --game {args.game} "
+        f"--method rl --runs-dir {args.runs_dir}"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

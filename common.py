@@ -1,0 +1,515 @@
+"""Helpers that have one correct answer and teach nothing about LAPO.
+
+In this order: Procgen's facts, errors and seeds, games, files, windows of frames, resuming, metrics.
+"""
+
+import contextlib
+import csv
+import functools
+import gc
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+# Before torch loads OpenMP: its idle threads sleep in place of spinning, so that two runs, or a run
+# and a browser, can share the cores (measured in results/LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+ACTIONS = "left-down left left-up down none up right-down right right-up D A W S Q E".split()
+NUM_ACTIONS = len(ACTIONS)  # 15, the same in every game
+
+# Mean returns of a uniformly random policy and of the paper's expert ("easy", all levels), and groups
+# of actions with the same effect: measured from 900 to 3,100 states a game (get_state, set_state) and
+# five more steps; in no case did a frame, a reward or an episode's end differ.
+SIDES = "left left-down left-up, right right-down right-up"
+GAMES = {
+    "bigfish": (0.8742888, 36.336166, "none D A W S Q E"),
+    "bossfight": (0.04618272, 11.634365, "none A W S Q E"),
+    "caveflyer": (2.5970738, 9.183605, "none A W S Q E"),
+    "chaser": (0.6632482, 9.955711, "none D A W S Q E"),
+    "climber": (2.2242901, 10.233627, "left left-down, right right-down, none down D A W S Q E"),
+    "coinrun": (2.704834, 9.93251, "none D A W S Q E"),
+    "dodgeball": (0.612983, 13.486584, "none A W S Q E"),
+    "fruitbot": (-2.5330205, 29.925259, f"{SIDES}, none down up A W S Q E"),
+    "heist": (3.0758767, 9.685265, "none D A W S Q E"),
+    "jumper": (3.4105318, 8.460201, "left left-down, right right-down, none down D A W S Q E"),
+    "leaper": (2.5105245, 7.4082565, f"{SIDES}, none D A W S Q E"),
+    "maze": (4.2726293, 9.969294, f"{SIDES}, none D A W S Q E"),
+    "miner": (1.2513667, 11.892558, f"{SIDES}, none D A W S Q E"),
+    "ninja": (2.5599792, 9.474582, "left left-down, right right-down, none down, D Q E"),
+    "plunder": (4.3207445, 11.460528, f"{SIDES}, none down up A W S Q E"),
+    "starpilot": (1.5251881, 66.98625, "D W S Q E"),
+}
+
+
+def distinct_actions(game):
+    """int [15]: each action's representative among those with the same effect in this game."""
+    distinct = np.arange(NUM_ACTIONS)
+    for group in GAMES[game][2].split(",") if game in GAMES else ():
+        members = [ACTIONS.index(name) for name in group.split()]
+        distinct[members] = members[0]
+    return distinct
+
+
+def normalize_return(value, random_return, expert_return):
+    """0 for the random policy, 1 for the expert; NaN where the two are equal."""
+    return (value - random_return) / ((expert_return - random_return) or math.nan)
+
+
+_bars = []  # progress bars, to be closed before an error is printed
+
+
+def fail(message):
+    """Ends the run with one line on stderr and exit status 1."""
+    while _bars:
+        _bars.pop().close()
+    raise SystemExit(f"error: {message}")
+
+
+def pick_device(name):
+    """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device"""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} is not usable ({str(error).splitlines()[0]}); try --device cpu")
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; no effect on the CPU's float32
+    torch.backends.cudnn.benchmark = True
+    return torch.device(name)
+
+
+def derive_seed(seed, purpose):
+    """A 31-bit seed for each purpose, so that no two random streams of a run are equal."""
+    return zlib.crc32(f"{seed}/{purpose}".encode()) >> 1
+
+
+def check_finite(step, path, *modules):
+    """Ends the run if a weight is not finite, before `path` is overwritten."""
+    if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
+        fail(f"the loss is not finite at step {step}; {path} stays as it was; try a lower --lr")
+
+
+class ProcgenEnvs:
+    """`num_envs` Procgen games ("easy") that step together; the games' own seed is set.
+
+    settings: a dict with game and frame_size; start_level, num_levels and plain (see
+    collect_data.py) where they are not the defaults.
+    obs: uint8 [B, S, S, 3], the current frames. finished: (env, episodic return) of each episode
+    that ended; the caller empties it.
+    """
+
+    def __init__(self, settings, num_envs, seed):
+        if settings["game"] not in GAMES:
+            fail(f"'{settings['game']}' is not one of Procgen's games: {', '.join(GAMES)}")
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # gym's notice about its successor
+                from procgen import ProcgenGym3Env
+        except ImportError as error:
+            fail(f"a game has to be played, and Procgen cannot be imported here ({error})")
+        options = {name: settings.get(name, 0) for name in ("start_level", "num_levels")}  # 0: all
+        if settings.get("plain"):
+            options |= dict(use_backgrounds=False, restrict_themes=True, use_monochrome_assets=True)
+        self.games = ProcgenGym3Env(
+            num=num_envs, env_name=settings["game"], distribution_mode="easy", rand_seed=seed,
+            num_threads=min(num_envs, os.cpu_count()), **options,
+        )  # fmt: skip
+        self.num_envs, self.frame_size = num_envs, settings["frame_size"]
+        self.finished, self._returns = [], np.zeros(num_envs)
+        self._observe()
+
+    def _observe(self):
+        reward, obs, first = self.games.observe()
+        frames, n = obs["rgb"], 64 // self.frame_size  # smaller frames: rounded means of blocks
+        total = sum(frames[:, i::n, j::n].astype(np.uint16) for i in range(n) for j in range(n))
+        self.obs = ((total + n * n // 2) // (n * n)).astype(np.uint8)
+        return reward.copy(), first.copy()
+
+    def step(self, actions):
+        """actions int [B] -> obs uint8 [B, S, S, 3], reward float32 [B], done bool [B].
+
+        Where done, an episode has ended with this reward, and obs opens the next one.
+        """
+        self.games.act(np.asarray(actions, np.int32))
+        reward, done = self._observe()
+        self._returns += reward
+        for env in np.flatnonzero(done):
+            self.finished.append((int(env), float(self._returns[env])))
+            self._returns[env] = 0
+        return self.obs, reward, done
+
+    def state_dict(self):
+        games = [torch.frombuffer(bytearray(s), dtype=torch.uint8) for s in self.games.get_state()]
+        return dict(games=games, returns=self._returns.tolist(), finished=self.finished)
+
+    def load_state_dict(self, saved):
+        self.games.set_state([state.numpy().tobytes() for state in saved["games"]])
+        self._returns, self.finished = np.array(saved["returns"]), saved["finished"]
+        self._observe()
+
+
+class RewardNormalizer:
+    """Divides rewards by the running std of the discounted return, and clips them to +-10.
+
+    As OpenAI's VecNormalize, which Cobbe et al. 2020 used; the return restarts with each episode.
+    """
+
+    def __init__(self, num_envs, gamma):
+        self.gamma, self.mean, self.var, self.count = gamma, 0.0, 1.0, 1e-4
+        self.discounted = np.zeros(num_envs)
+
+    def __call__(self, reward, done):
+        """reward float (B,), done bool (B,) of one step -> float32 (B,)"""
+        self.discounted = self.discounted * self.gamma + reward
+        # running mean and variance of all steps so far (Chan et al. 1979)
+        n, delta = len(reward), self.discounted.mean() - self.mean
+        total = self.count + n
+        squares = self.var * self.count + self.discounted.var() * n
+        self.var = (squares + delta**2 * self.count * n / total) / total
+        self.mean, self.count = self.mean + delta * n / total, total
+        self.discounted[done] = 0
+        return np.clip(reward / np.sqrt(self.var + 1e-8), -10, 10).astype(np.float32)
+
+    def state_dict(self):
+        return {name: np.asarray(value).tolist() for name, value in vars(self).items()}
+
+    def load_state_dict(self, saved):
+        vars(self).update(saved | dict(discounted=np.array(saved["discounted"])))
+
+
+@torch.no_grad()
+def evaluate(envs, act, episodes_per_env):
+    """Returns float [B, episodes_per_env] of whole episodes; act: obs -> actions int [B].
+
+    Each environment plays equally many: the first episodes to finish would be the short ones.
+    """
+    returns = [[] for _ in range(envs.num_envs)]
+    bar = progress_bar(envs.num_envs * episodes_per_env, "episode", "evaluate")
+    while min(map(len, returns)) < episodes_per_env:
+        envs.step(act(envs.obs))
+        for env, episode_return in envs.finished:
+            if len(returns[env]) < episodes_per_env:
+                returns[env].append(episode_return)
+                bar.update()
+        envs.finished.clear()
+    bar.close()
+    return np.array(returns)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a temporary path that takes the place of `path` if the block ends without error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def reading(path, made_by):
+    """Ends the run with one line if `path` is missing or damaged; made_by: a command."""
+    try:
+        yield
+    except FileNotFoundError:
+        fail(f"{path} is missing; make it with: {made_by}")
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # zipfile, zlib, pickle, KeyError, EOFError, ValueError and others
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"{path} is damaged ({reason}); make it again with: {made_by}")
+
+
+def save_npz(path, settings, **arrays):
+    """A compressed .npz, settings (a dict) as JSON; level 4 takes half as long as numpy's 6."""
+    arrays["settings"] = json.dumps(settings, default=str)
+    with atomic_write(path) as temporary:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+
+
+def load_npz(path, keys, made_by):
+    """The arrays `keys` and the dict of settings ({} if there is none), as a dict."""
+    with reading(path, made_by), np.load(path, allow_pickle=False) as file:
+        settings = json.loads(str(file["settings"])) if "settings" in file.files else {}
+        return {key: file[key] for key in keys} | dict(settings=settings)
+
+
+def save_checkpoint(path, **content):
+    """Tensors and plain Python values only, so that it loads with weights_only=True."""
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path, kind, game, made_by):
+    """The dict that save_checkpoint() wrote, on the CPU."""
+    with reading(path, made_by):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = (content["kind"], content["game"])
+    if found != (kind, game):
+        fail(f"{path} is a {found[0]} of {found[1]}, not a {kind} of {game}; run: {made_by}")
+    return content
+
+
+def load_weights(module, weights, path):
+    """Loads a state_dict of the file `path`; ends the run if this script's class is another one."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        name, reason = type(module).__name__, str(error).splitlines()[-1].strip()
+        fail(f"{path} was written with another class {name} than this script's: {reason}")
+
+
+def fingerprint(*modules):
+    """16 hex digits that identify the weights, so that files of two runs are not mixed."""
+    weights = (weight for module in modules for weight in module.state_dict().values())
+    blob = b"".join(weight.cpu().numpy().tobytes() for weight in weights)
+    return hashlib.sha256(blob).hexdigest()[:16]
+
+
+def list_shards(folder, game):
+    """Sorted paths of frames_NNN.npz; a folder without any ends the run."""
+    paths = sorted(Path(folder).glob("frames_*.npz"))
+    return paths or fail(f"{folder} has no frames_*.npz; run: python collect_data.py --game {game}")
+
+
+def read_frames(path, game):
+    """One shard: obs uint8 [N, S, S, 3], first bool [N], settings dict."""
+    shard = load_npz(path, ("obs", "first"), f"python collect_data.py --game {game}")
+    obs, first, settings = shard["obs"], shard["first"], shard["settings"]
+    size = obs.shape[1] if obs.ndim == 4 and obs.shape[1] in (16, 32, 64) else 64
+    expected = f"uint8 {(len(first), size, size, 3)}"
+    if f"{obs.dtype} {obs.shape}" != expected or first.dtype != bool or len(first) == 0:
+        fail(
+            f"{path} has obs {obs.dtype} {obs.shape}, not {expected}, or first is not bool [N > 0]"
+        )
+    if settings.get("game", game) != game:
+        fail(f"{path} was recorded from {settings['game']}, not from {game}")
+    return obs, first, settings | dict(game=game, frame_size=size)
+
+
+def read_latents(frames_path, latents_dir, game, dynamics):
+    """z float16 [N, Z] before quantization and valid bool [N] of one shard of frames.
+
+    dynamics: the fingerprint of the stage 1 run that they must come from.
+    """
+    path = Path(latents_dir) / frames_path.name.replace("frames", "latents")
+    made_by = f"python train_latent_dynamics.py --game {game}"
+    shard = load_npz(path, ("z", "valid"), made_by)
+    if shard["settings"].get("dynamics") != dynamics:
+        fail(f"{path} comes from another run of stage 1 than the checkpoint; run: {made_by}")
+    return shard["z"], shard["valid"]
+
+
+def read_actions(frames_path, game):
+    """The true actions uint8 [N] of one shard of frames."""
+    path = frames_path.with_name(frames_path.name.replace("frames", "labels"))
+    made_by = f"python collect_data.py --game {game}"
+    action = load_npz(path, ["action"], made_by)["action"]
+    first = load_npz(frames_path, ["first"], made_by)["first"]
+    if action.shape != first.shape or action.max() >= NUM_ACTIONS:
+        fail(f"{path} has actions {action.shape} up to {action.max()}, for {len(first)} frames")
+    return action
+
+
+def valid_windows(first, context):
+    """bool [N]: True at i where frames i - context .. i + 1 belong to one episode of one stream."""
+    starts = np.concatenate([[0], np.cumsum(first)])  # starts[i]: episode starts before row i
+    valid = np.zeros(len(first), bool)
+    i = np.arange(context, len(first) - 1)
+    valid[i] = starts[i + 2] == starts[i - context + 1]
+    return valid
+
+
+def read_shard(path, game, context, latents_dir=None, dynamics=None):
+    """path, obs uint8 [N, S, S, 3], valid bool [N], z float16 [N, Z] or None, settings."""
+    try:
+        (obs, first, settings), z = read_frames(path, game), None
+        valid = valid_windows(first, context)
+        if latents_dir:
+            z, labelled = read_latents(path, latents_dir, game, dynamics)
+            if not np.array_equal(valid, labelled):
+                fail(f"{latents_dir} was made from other frames than {path}")
+        return path, obs, valid, z, settings
+    except SystemExit as error:  # of a worker process; read_ahead() raises it in the main one
+        return error
+
+
+def read_ahead(paths, sampler=None, **arguments):
+    """Yields read_shard(path, **arguments); worker processes read the next ones meanwhile."""
+    gc.collect()  # games that are garbage: their destructors hang in a forked worker
+    read = functools.partial(read_shard, **arguments)
+    options = dict(num_workers=min(4, os.cpu_count(), len(paths)), collate_fn=read)
+    for shard in torch.utils.data.DataLoader(paths, None, sampler=sampler, **options):
+        if isinstance(shard, SystemExit):
+            fail(str(shard).removeprefix("error: "))
+        yield shard
+
+
+class FrameStore:
+    """Draws windows uniformly, with replacement, from shards that need not fit into memory.
+
+    Holds at most `pool_frames` frames, on `device` if they fit there. If there are more, the oldest
+    shard is evicted for the next one after as many draws as it has windows.
+    """
+
+    def __init__(self, folder, game, context, pool_frames, seed, device, **latents):
+        """latents: the latents_dir and dynamics of read_latents(), for z_at()."""
+        self.folder, self.game, self.context, self.device = folder, game, context, device
+        paths = list_shards(folder, game)
+        rows = [len(load_npz(path, ["first"], "collect_data.py")["first"]) for path in paths]
+        self.num_frames, self.slot_rows = sum(rows), max(rows)
+        num_slots = min(len(paths), max(1, pool_frames // self.slot_rows))
+        self.streams = num_slots < len(paths)
+        self.generator = torch.Generator().manual_seed(derive_seed(seed, folder.name))
+        order = None  # in memory once, or shuffled passes without end
+        if self.streams:
+            shuffle = torch.Generator().manual_seed(derive_seed(seed, "order of shards"))
+            order = torch.utils.data.RandomSampler(paths, num_samples=10**9, generator=shuffle)
+        self.shards = read_ahead(paths, order, game=game, context=context, **latents)
+        self.paths, self.windows = [None] * num_slots, [None] * num_slots  # of the shard in a slot
+        self.obs, self.z, self.oldest, self.draws = None, None, 0, 0
+        for slot in range(num_slots):
+            self._fill(slot, *next(self.shards))
+        if not self.streams:
+            self.shards = None  # ends the workers
+        self.rows = torch.cat(self.windows)
+        if len(self.rows) == 0:
+            fail(f"no window of {context + 2} frames in {folder} lies within an episode")
+
+    def _fill(self, slot, path, obs, valid, z, settings):
+        if self.obs is None:
+            self.frame_size, self.settings = obs.shape[1], settings
+            size, place = len(self.paths) * self.slot_rows, dict(device=self.device)
+            if self.device.type == "cuda":  # at most half of what is free: networks need some, too
+                fits = size * obs[0].nbytes < torch.cuda.mem_get_info(self.device)[0] / 2
+                place = place if fits else dict(pin_memory=True)
+            self.obs = torch.empty(size, *obs.shape[1:], dtype=torch.uint8, **place)
+            if z is not None:
+                self.z = torch.empty(size, z.shape[1], dtype=torch.float16, **place)
+        if obs.shape[1] != self.frame_size:
+            self.shards.close()
+            fail(f"{self.folder} has frames of {self.frame_size} and of {obs.shape[1]} pixels")
+        start = slot * self.slot_rows
+        self.obs[start : start + len(obs)] = torch.from_numpy(obs)
+        if z is not None:
+            self.z[start : start + len(z)] = torch.from_numpy(z)
+        self.windows[slot] = torch.from_numpy(start + np.flatnonzero(valid))
+        self.paths[slot] = path
+
+    def draw(self, batch):
+        """Rows int64 (B,) of o_t, for the methods below; they hold until the next draw()."""
+        if self.streams and self.draws >= len(self.windows[self.oldest]):
+            self._fill(self.oldest, *next(self.shards))
+            self.oldest, self.draws = (self.oldest + 1) % len(self.paths), 0
+            self.rows = torch.cat(self.windows)
+        self.draws += batch
+        return self.rows[torch.randint(len(self.rows), (batch,), generator=self.generator)]
+
+    def _gather(self, pool, rows):
+        return pool[rows.to(pool.device, non_blocking=True)].to(self.device, non_blocking=True)
+
+    def windows_at(self, rows):
+        """uint8 (B, context + 2, S, S, 3): o_{t-context} .. o_{t+1}"""
+        return self._gather(self.obs, rows[:, None] + torch.arange(-self.context, 2))
+
+    def frames_at(self, rows):
+        """uint8 (B, S, S, 3): o_t"""
+        return self._gather(self.obs, rows)
+
+    def z_at(self, rows):
+        """float32 (B, Z): z_t"""
+        return self._gather(self.z, rows).float()
+
+
+def true_actions_to_report_on(store, rows):
+    """int [n]: the true actions at rows of a FrameStore, those of equal effect merged.
+
+    None if there are no label files. For metrics alone, never for a loss.
+    """
+    actions = np.zeros(len(store.obs), int)
+    for slot, path in enumerate(store.paths):
+        if not path.with_name(path.name.replace("frames", "labels")).exists():
+            return None
+        shard = read_actions(path, store.game)
+        actions[slot * store.slot_rows :][: len(shard)] = shard
+    return distinct_actions(store.game)[actions[rows.numpy()]]
+
+
+def save_state(path, args, step, parts, **values):
+    """What load_state() needs to go on after `step`; values: tensors and plain Python values."""
+    states = {}
+    for name, part in parts.items():
+        states[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+    flags = {flag: str(value) for flag, value in vars(args).items()}
+    content = dict(flags=flags, step=step, parts=states, values=values, rng=torch.get_rng_state())
+    save_checkpoint(path, kind="state", game=args.game, **content)
+
+
+def load_state(path, args, parts):
+    """With --resume, restores parts ({name: object with state_dict(), or torch.Generator}).
+
+    Returns the step and the values that were saved; 0 and {} without --resume or a saved state.
+    """
+    if not args.resume or not Path(path).exists():
+        return 0, {}
+    state = load_checkpoint(path, "state", args.game, "the same command without --resume")
+    for flag, value in vars(args).items():
+        was, free = state["flags"].get(flag), ("resume", "device", "compile", "overwrite")
+        if str(value) != was and flag not in free and not flag.endswith("_dir"):
+            flag = flag.replace("_", "-")
+            fail(f"--{flag} is {value}, but the run in {path} has {was}; resume it with its flags")
+    for name, part in parts.items():
+        restore = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
+        restore(state["parts"][name])
+    torch.set_rng_state(state["rng"])
+    print(f"resume: {path} is at step {state['step']:,}")
+    return state["step"], state["values"]
+
+
+def progress_bar(total, unit, description=None, initial=0):
+    """tqdm's bar; in a log file it prints every 20 seconds."""
+    pace = 0.5 if sys.stderr.isatty() else 20
+    options = dict(initial=initial, dynamic_ncols=True, mininterval=pace)
+    _bars.append(tqdm(total=total, unit=unit, desc=description, **options))
+    return _bars[-1]
+
+
+class MetricsLog:
+    """A progress bar, and rows of metrics for the screen and a CSV file; first comes the step.
+
+    start: the step that a run resumes from; later rows leave the file.
+    """
+
+    def __init__(self, path, total, unit, start=0):
+        self.path = Path(path)
+        rows = self.path.read_text().splitlines() if start and self.path.exists() else []
+        kept = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= start]
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(f"{row}\n" for row in kept))
+        self.bar = progress_bar(total, unit, initial=start)
+
+    def write(self, **row):
+        row = {key: x.item() if isinstance(x, torch.Tensor) else x for key, x in row.items()}
+        with open(self.path, "a", newline="") as file:
+            writer = csv.DictWriter(file, row, lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+        shown = {key: f"{x:.4g}" if isinstance(x, float) else x for key, x in row.items()}
+        self.bar.write("  ".join(f"{key} {x}" for key, x in shown.items()))
