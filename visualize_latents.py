@@ -355,7 +355,8 @@ def main(args):
     xy, method = project(z, method, args.seed)
     settings = dict(grad_step=saved["grad_step"], vq=bool(vq_sizes), labelled=labelled)
     settings = saved["settings"] | asdict(args) | settings | dict(projection=method)
-    common.save_npz(run / "latents.npz", settings, xy=xy, action=group, **metrics)
+    metrics_and_group = metrics | {"action" if labelled else "cluster": group}
+    common.save_npz(run / "latents.npz", settings, xy=xy, **metrics_and_group)
     title = f"{args.game}: {n:,} held-out latents by {kind} ({method})"
     note = "linear probe {probe:.2f}, majority {majority:.2f}, untrained IDM {probe_untrained:.2f}"
     note = note.format(**metrics) if labelled else "without true actions"

@@ -25,7 +25,7 @@ def test_actions_of_equal_effect_are_merged():
 
 
 def test_normalized_returns():
-    assert common.normalize_return(7.0, 2.0, 12.0) == 0.5
+    assert common.normalize_return(4.5, 2.0, 12.0) == 0.25
     assert np.isnan(common.normalize_return(7.0, 2.0, 2.0))
 
 

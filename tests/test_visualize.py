@@ -160,8 +160,8 @@ def test_whole_script_without_labels_codes_or_procgen(tmp_path, capsys, monkeypa
     viz.main(viz.Args(**where, points=120, projection="pca"))
     m, settings = load_results(tmp_path / "runs" / "own_video")
     fdm = {f"fdm_mse_{name}" for name in ("true", "zeroed", "shuffled", "copy")}
-    assert m.keys() == {"xy", "action"} | fdm
-    counts = np.bincount(m["action"])  # clusters, largest first
+    assert m.keys() == {"xy", "cluster"} | fdm
+    counts = np.bincount(m["cluster"])  # largest first
     assert 2 <= len(counts) <= 12 and (np.diff(counts) <= 0).all()
     assert not settings["labelled"] and not settings["vq"]
     with pytest.raises(SystemExit, match="at least 50"):
