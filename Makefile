@@ -1,6 +1,7 @@
 # make demo                  the whole method on real Procgen, on a CPU, in minutes
 # make test                  style check and tests
 # make paper GAME=bigfish    the same chain at the paper's settings, with baselines and ablation
+# make figures               the paper's figures from what lies in runs/
 # PYTHON=python3.11 picks the interpreter, SEED=2 another seed.
 
 SHELL := /bin/bash
@@ -10,7 +11,7 @@ GAME ?= bigfish
 SEED ?= 1
 PY := .venv/bin/python
 
-.PHONY: demo test paper
+.PHONY: demo test paper figures
 test: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -54,7 +55,10 @@ paper: .venv/installed
 	$(PY) train_latent_dynamics.py $(call RUN,untrained) --grad-steps 0
 	$(PY) train_latent_bc.py $(call RUN,untrained) --resume
 	$(PY) decode_offline.py $(call RUN,untrained)
+	$(PY) visualize_latents.py $(call RUN,untrained) --supervised-steps 0
 	$(PY) -m baselines.train_ilpo $(call RUN,ilpo) --resume
 	$(PY) decode_online_ppo.py $(call RUN,ilpo) --method rl --resume
 	$(PY) collect_data.py $(call RUN,scratch) --train-frames 0 --expert-steps 4_000_000 --expert-multiplier 4 --experts-dir runs/scratch/seed_$(SEED) --resume
+
+figures: .venv/installed
 	$(PY) results/plot_figures.py

@@ -17,7 +17,6 @@ PPO from        python collect_data.py --game bigfish --train-frames 0 --expert-
 scratch (6.1)       --expert-multiplier 4 --runs-dir runs/scratch --experts-dir runs/scratch/experts
 """
 
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +29,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+
+try:
+    import fcntl
+except ImportError:  # Windows has no file locks of this kind
+    fcntl = None
 
 
 @dataclass
@@ -282,15 +286,19 @@ def record(args, settings, act, num_frames, folder):
 
     act: obs uint8 [B, S, S, 3] -> actions int [B]. The folder appears when it is complete.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # released when the process ends
+    try:
+        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        common.fail(f"another run is recording {folder}")
     part = folder.with_name(f"{folder.name}.part")
-    if part.exists() and not (args.overwrite or args.resume):
-        common.fail(f"{part} is being written, or a run was stopped there; --overwrite removes it")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    part.mkdir()
     envs = common.ProcgenEnvs(settings, args.num_envs, common.derive_seed(args.seed, folder.name))
     b, s, steps = args.num_envs, args.frame_size, -(-num_frames // args.num_envs)
     bar, pending = common.progress_bar(steps * b, "frame", folder.name), []
-    with ThreadPoolExecutor(max(1, os.cpu_count() // 2)) as pool:  # zlib releases the GIL
+    with ThreadPoolExecutor(max(1, common.NUM_CORES // 2)) as pool:  # zlib releases the GIL
         for shard, start in enumerate(range(0, steps, args.rollout_steps)):
             length = min(args.rollout_steps, steps - start)
             obs = np.empty((b, length, s, s, 3), np.uint8)
@@ -306,7 +314,7 @@ def record(args, settings, act, num_frames, folder):
             for name, arrays in dict(frames=frames, labels=labels).items():
                 path = part / f"{name}_{shard:03d}.npz"
                 pending.append(pool.submit(common.save_npz, path, settings, **arrays))
-            while len(pending) > 2 * os.cpu_count():
+            while len(pending) > 2 * common.NUM_CORES:
                 pending.pop(0).result()
             bar.update(length * b)
         for future in pending:
@@ -318,51 +326,51 @@ def record(args, settings, act, num_frames, folder):
     print(f"{folder.name}: {steps * b:,} frames in {folder}, {size / 1e6:,.0f} MB")
 
 
-def splits_of(args):
-    """{split: frames to record}; a split that is there already ends the run."""
-    splits = dict(train=args.train_frames, test=args.test_frames, random=args.random_frames)
-    splits = {split: n for split, n in splits.items() if n and args.train_frames}
-    for split in splits:
+def splits_to_record(args, settings):
+    """{split: (frames, settings)} of the splits that are not there, or that --overwrite replaces."""
+    sizes = dict(train=args.train_frames, test=args.test_frames, random=args.random_frames)
+    splits = {}
+    for split, num_frames in sizes.items() if args.train_frames else ():
+        level = args.start_level + (0 if split == "train" else args.num_levels)
+        recorded = settings | dict(start_level=level, split=split, seed=args.seed)
+        recorded["temperature"] = args.temperature
         folder = args.data_dir / args.game / split
-        if folder.exists() and not (args.overwrite or args.resume):
-            common.fail(f"{folder} is there already; --overwrite replaces it")
+        if folder.exists() and not args.overwrite:
+            found = common.read_frames(common.list_shards(folder, args.game)[0], args.game)[2]
+            differs = [name for name in recorded if found.get(name) != recorded[name]]
+            if differs or not args.resume:
+                why = f"with another {differs[0]}" if differs else "already"
+                common.fail(f"{folder} is there {why}; --overwrite replaces it")
+            print(f"{split}: {folder} is complete")
+        elif num_frames:
+            splits[split] = num_frames, recorded
     return splits
 
 
-def evaluate_and_record(args, settings, act):
-    """Plays 4 episodes in each game, then records all splits. act: obs [B, S, S, 3] -> actions [B]"""
-    data, rng = args.data_dir / args.game, np.random.default_rng(args.seed)
+def evaluate_and_record(args, settings, splits, act):
+    """Plays 4 episodes in each game, then records the splits. act: obs [B, S, S, 3] -> actions [B]"""
+    rng = np.random.default_rng(args.seed)
 
     def act_at_random(obs):
         return rng.integers(common.NUM_ACTIONS, size=len(obs))
 
     # the returns of expert and random policy go into the files, for the plots
+    means = {}
     for name, player in dict(expert=act, random=act_at_random).items():
         envs = common.ProcgenEnvs(settings, args.num_envs, common.derive_seed(args.seed, name))
-        settings = settings | {f"{name}_return": common.evaluate(envs, player, 4).mean().item()}
+        means[f"{name}_return"] = common.evaluate(envs, player, 4).mean().item()
     if args.num_levels == 0:
-        settings["random_return"] = common.GAMES[args.game][0]  # the paper's, of more episodes
+        means["random_return"] = common.GAMES[args.game][0]  # the paper's, of more episodes
     print(
-        f"mean return of {4 * args.num_envs} episodes: expert {settings['expert_return']:.2f}, random "
-        f"policy {settings['random_return']:.2f} (the paper's expert, on all levels: "
+        f"mean return of {4 * args.num_envs} episodes: expert {means['expert_return']:.2f}, random "
+        f"policy {means['random_return']:.2f} (the paper's expert, on all levels: "
         f"{common.GAMES[args.game][1]:.2f})"
     )
     raw, free = 3 * args.frame_size**2 / 1e9, shutil.disk_usage(".").free / 1e9
-    for split, num_frames in splits_of(args).items():
-        level = args.start_level + (0 if split == "train" else args.num_levels)
-        recorded = dict(split=split, seed=args.seed, temperature=args.temperature)
-        recorded = settings | recorded | dict(start_level=level)
-        if (data / split).exists() and not args.overwrite:  # --resume
-            found = common.read_frames(common.list_shards(data / split, args.game)[0], args.game)[2]
-            differs = [name for name in recorded if found.get(name) != recorded[name]]
-            differs = [name for name in differs if not name.endswith("_return")]
-            if differs:
-                common.fail(f"{data / split} has another {differs[0]}; --overwrite replaces it")
-            print(f"{split}: {data / split} is complete")
-            continue
+    for split, (num_frames, recorded) in splits.items():
         print(f"{split}: up to {num_frames * raw:.2g} GB before compression, {free:.0f} GB free")
         player = act_at_random if split == "random" else act
-        record(args, recorded, player, num_frames, data / split)
+        record(args, recorded | means, player, num_frames, args.data_dir / args.game / split)
 
 
 def main(args):
@@ -373,11 +381,14 @@ def main(args):
         common.fail(f"--minibatches {args.minibatches} leaves less than 2 steps in each")
     names = ("game", "frame_size", "start_level", "num_levels", "plain")
     settings = {name: getattr(args, name) for name in names}
-    splits_of(args)  # fails early
+    splits = splits_to_record(args, settings)
+    if args.train_frames and not splits:
+        return
     if args.solver:
         from experts.maze_solver import MazeSolver
 
-        return evaluate_and_record(args, settings, MazeSolver(args.game, args.plain, args.seed))
+        solver = MazeSolver(args.game, args.plain, args.seed)
+        return evaluate_and_record(args, settings, splits, solver)
 
     if not path.exists():
         print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps on {device}, to {path}")
@@ -399,7 +410,7 @@ def main(args):
         return sample_actions(logits / args.temperature, generator).cpu().numpy()
 
     print(f"expert: {path}, trained for {expert['env_step']:,} steps")
-    evaluate_and_record(args, settings, act)
+    evaluate_and_record(args, settings, splits, act)
 
 
 if __name__ == "__main__":

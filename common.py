@@ -66,6 +66,8 @@ def normalize_return(value, random_return, expert_return):
     return (value - random_return) / ((expert_return - random_return) or math.nan)
 
 
+# cores that this process may use, which under Slurm are fewer than the machine has
+NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 _bars = []  # progress bars, to be closed before an error is printed
 
 
@@ -122,7 +124,7 @@ class ProcgenEnvs:
             options |= dict(use_backgrounds=False, restrict_themes=True, use_monochrome_assets=True)
         self.games = ProcgenGym3Env(
             num=num_envs, env_name=settings["game"], distribution_mode="easy", rand_seed=seed,
-            num_threads=min(num_envs, os.cpu_count()), **options,
+            num_threads=min(num_envs, NUM_CORES), **options,
         )  # fmt: skip
         self.num_envs, self.frame_size = num_envs, settings["frame_size"]
         self.finished, self._returns = [], np.zeros(num_envs)
@@ -211,7 +213,7 @@ def atomic_write(path):
     """Yields a temporary path that takes the place of `path` if the block ends without error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -354,7 +356,7 @@ def read_ahead(paths, sampler=None, **arguments):
     """Yields read_shard(path, **arguments); worker processes read the next ones meanwhile."""
     gc.collect()  # games that are garbage: their destructors hang in a forked worker
     read = functools.partial(read_shard, **arguments)
-    options = dict(num_workers=min(4, os.cpu_count(), len(paths)), collate_fn=read)
+    options = dict(num_workers=min(4, NUM_CORES, len(paths)), collate_fn=read)
     for shard in torch.utils.data.DataLoader(paths, None, sampler=sampler, **options):
         if isinstance(shard, SystemExit):
             fail(str(shard).removeprefix("error: "))

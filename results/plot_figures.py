@@ -110,14 +110,19 @@ def read_file(path, game, seed):
     return run | dict(settings=settings, scale=scale, ends=ends)
 
 
+def is_there(path):
+    """Whether a file exists and, if it is a .csv, has a row below its header."""
+    return path.exists() and (path.suffix != ".csv" or path.read_text().count("\n") > 1)
+
+
 def read_runs(folder, seeds):
     """{(<variant>/<file>, game, seed): run}, and {game: {"seed 1, 2": [missing files]}}."""
     runs, missing, first = {}, {game: {} for game in common.GAMES}, {}
     for game, file in ((game, file) for game in common.GAMES for file in FILES):
         paths = {seed: folder / file.replace("/", f"/seed_{seed}/{game}/") for seed in seeds}
-        absent = ", ".join(str(seed) for seed in seeds if not paths[seed].exists())
+        absent = ", ".join(str(seed) for seed in seeds if not is_there(paths[seed]))
         missing[game].setdefault(f"seed {absent}", []).extend([file] if absent else [])
-        for seed in (seed for seed in seeds if paths[seed].exists()):
+        for seed in filter(lambda seed: is_there(paths[seed]), seeds):
             run = runs[file, game, seed] = read_file(paths[seed], game, seed)
             for key in (game, "any game") if "scale" in run else ():
                 scale, path = first.setdefault(key, (run["scale"], paths[seed]))

@@ -1,6 +1,7 @@
 """The expert's PPO, and recording: every frame beside its own action and reward."""
 
 import csv
+import fcntl
 
 import numpy as np
 import pytest
@@ -234,20 +235,23 @@ def test_frames_that_are_there_are_not_replaced_unless_asked(recorded, tmp_path)
     before = {path: path.read_bytes() for path in (root / "data").rglob("*.npz")}
     assert "--overwrite" in fails(collect_data.main, collect_data.Args(**TINY | where))
     collect_data.main(collect_data.Args(**TINY | where, resume=True))  # complete: nothing to do
-    assert "has another seed" in fails(
+    assert "with another seed" in fails(
         collect_data.main, collect_data.Args(**TINY | where, resume=True, seed=2)
     )
     assert before == {path: path.read_bytes() for path in (root / "data").rglob("*.npz")}
-    part = tmp_path / "data/bigfish/train.part"
-    part.mkdir(parents=True)
     elsewhere = TINY | where | dict(data_dir=tmp_path / "data")
-    assert "is being written" in fails(collect_data.main, collect_data.Args(**elsewhere))
-    collect_data.main(
-        collect_data.Args(**elsewhere, overwrite=True)
-    )  # the same seed, the same files
-    for path, content in before.items():
-        assert (tmp_path / "data" / path.relative_to(root / "data")).read_bytes() == content
-    assert not part.exists()
+    part = tmp_path / "data/bigfish/train.part"
+    part.mkdir(parents=True)  # of a run that was killed
+    (part / "frames_999.npz").write_bytes(b"")
+    with open(part.with_name(".train.lock"), "w") as lock:  # of a run that is still recording
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is recording" in fails(
+            collect_data.main, collect_data.Args(**elsewhere)
+        )
+        assert (part / "frames_999.npz").exists()
+    collect_data.main(collect_data.Args(**elsewhere))  # the same seed, the same files
+    found = {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "data").rglob("*.npz")}
+    assert found == {path.relative_to(root): content for path, content in before.items()}
 
 
 def test_an_expert_of_other_games_is_refused(recorded):
