@@ -136,7 +136,12 @@ class Levers:
 
 
 def test_rewards_values_and_dones_belong_together(tmp_path, monkeypatch):
-    steps, gae, compute_gae = [], [], collect_data.compute_gae
+    steps, gae, pairs, compute_gae = [], [], [], collect_data.compute_gae
+
+    class Normalizer(common.RewardNormalizer):
+        def __call__(self, *pair):
+            pairs.append(pair)
+            return super().__call__(*pair)
 
     class Recording(Levers):
         def step(self, actions):
@@ -147,12 +152,14 @@ def test_rewards_values_and_dones_belong_together(tmp_path, monkeypatch):
         gae.append([x.clone() for x in (rewards, values, dones)])
         return compute_gae(rewards, values, dones, *rest)
 
+    monkeypatch.setattr(common, "RewardNormalizer", Normalizer)
     monkeypatch.setattr(common, "ProcgenEnvs", Recording)
     monkeypatch.setattr(collect_data, "compute_gae", recording_gae)
     args = collect_data.Args(**TINY, expert_lr=0.0, runs_dir=tmp_path)
     settings = dict(frame_size=16)
     collect_data.train_expert(args, settings, torch.device("cpu"), tmp_path / "expert.pt")
     rewards, values, dones = (torch.stack(x) for x in zip(*gae))  # [2, 32, 4]
+    assert all(np.array_equal(a, b) for pair, step in zip(pairs, steps) for a, b in zip(pair, step))
     expected_rewards, expected_dones = (np.stack(x) for x in zip(*steps))
     assert np.array_equal(dones.flatten(0, 1).bool(), expected_dones)
     assert np.array_equal(rewards.flatten(0, 1) > 0, expected_rewards > 0)

@@ -134,7 +134,7 @@ def relabel(root, split, action):
         common.save_npz(path, {}, action=new, reward=labels["reward"])
 
 
-def test_each_decoder_plays_its_own_games(root, monkeypatch):
+def test_each_decoder_plays_its_own_games(root, monkeypatch, capsys):
     made = []
 
     def fit(decoder, *rest):  # decoder d always plays action d
@@ -144,6 +144,11 @@ def test_each_decoder_plays_its_own_games(root, monkeypatch):
 
     monkeypatch.setattr(offline, "fit_decoder", fit)
     assert decode(root, monkeypatch)["returns"].tolist() == [[0, 1], [2, 3]]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "+-" in line]
+    assert [(row[0], row[1], row[4]) for row in rows] == [
+        ("4", "0.50", "0.05"),
+        ("16", "2.50", "0.25"),
+    ]
 
 
 def test_decoders_are_fitted_on_n_training_rows_and_judged_on_held_out_ones(root, monkeypatch):

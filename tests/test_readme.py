@@ -39,11 +39,10 @@ def test_commands_have_the_flags_that_they_use():
     for script, rest in commands:
         if not script.startswith("results/"):
             name = script.removeprefix("-m baselines.").removesuffix(".py") + ".py"
-            source = (SCRIPTS | BASELINES)[name]
-            assert set(re.findall(r"(?<=\s)--[a-z][a-z-]+", rest)) <= spellings(source), (
-                script,
-                rest,
-            )
+            known = spellings((SCRIPTS | BASELINES)[name])
+            if name == "label_efficiency.py":  # its Args are decode_offline's and some more
+                known |= spellings(SCRIPTS["decode_offline.py"])
+            assert set(re.findall(r"(?<=\s)--[a-z][a-z-]+", rest)) <= known, (script, rest)
 
 
 def test_the_slurm_array_plays_every_game():

@@ -121,6 +121,24 @@ def test_frames_are_stacked_in_order_and_the_fdm_starts_from_no_change():
     assert FDM(16, 1, 8, 4, False)(windows[:, :-1], torch.randn(2, 8)).abs().max() <= 0.5
 
 
+def test_z_enters_the_fdm_at_both_ends():
+    past, z = torch.randint(256, (2, 2, 16, 16, 3), dtype=torch.uint8), torch.randn(2, 8)
+    fdm = FDM(16, 1, 8, 4, False).eval()
+    first, last = (
+        fdm.down[0][0].weight,
+        fdm.up[0][0].weight,
+    )  # (width, 6 + Z, 3, 3), (widths + Z, ...)
+    for silenced in (first[:, 6:], last[-8:]):
+        with torch.no_grad():
+            kept = silenced.clone()
+            silenced.zero_()
+            assert (fdm(past, z) - fdm(past, 0 * z)).abs().max() > 1e-6  # through the other one
+            silenced.copy_(kept)
+    with torch.no_grad():
+        first[:, 6:].zero_(), last[-8:].zero_()
+        assert torch.equal(fdm(past, z), fdm(past, 0 * z))
+
+
 class Spy(torch.nn.Module):
     """In the place of a network: records its inputs."""
 
