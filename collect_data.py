@@ -70,10 +70,10 @@ class Args:
     num_levels: int = 0
     """Number of levels; 0: all (the paper's)."""
     plain: bool = False
-    """No backgrounds, one theme, monochrome assets: the same games and rules, in which actions are a
-    larger part of what changes. For laptops, not in the paper."""
+    """No backgrounds, one theme, monochrome assets: the same games and rules, in plain pictures in
+    which actions are a larger part of what changes. For laptops, not in the paper."""
     solver: bool = False
-    """Record a maze solver in place of a PPO expert: --game maze --plain (experts/maze_solver.py)."""
+    """Record a solver in place of a PPO expert: --game maze --plain (experts/maze_solver.py)."""
     temperature: float = 1.0
     """Divides the expert's logits when it is evaluated and recorded; 1 (the paper's) samples it."""
 
@@ -327,7 +327,7 @@ def record(args, settings, act, num_frames, folder):
 
 
 def splits_to_record(args, settings):
-    """{split: (frames, settings)} of the splits that are not there, or that --overwrite replaces."""
+    """{split: (frames, settings)} of splits that are not there, or that --overwrite replaces."""
     sizes = dict(train=args.train_frames, test=args.test_frames, random=args.random_frames)
     splits = {}
     for split, num_frames in sizes.items() if args.train_frames else ():
@@ -348,7 +348,7 @@ def splits_to_record(args, settings):
 
 
 def evaluate_and_record(args, settings, splits, act):
-    """Plays 4 episodes in each game, then records the splits. act: obs [B, S, S, 3] -> actions [B]"""
+    """Plays 4 episodes in each game, then records. act: obs [B, S, S, 3] -> actions [B]"""
     rng = np.random.default_rng(args.seed)
 
     def act_at_random(obs):

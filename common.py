@@ -1,6 +1,7 @@
 """Helpers that have one correct answer and teach nothing about LAPO.
 
-In this order: Procgen's facts, errors and seeds, games, files, windows of frames, resuming, metrics.
+In this order: Procgen's facts, errors and seeds, games, files, windows of frames, resuming and
+metrics.
 """
 
 import contextlib
@@ -28,8 +29,8 @@ from tqdm import tqdm
 ACTIONS = "left-down left left-up down none up right-down right right-up D A W S Q E".split()
 NUM_ACTIONS = len(ACTIONS)  # 15, the same in every game
 
-# Mean returns of a uniformly random policy and of the paper's expert ("easy", all levels), and groups
-# of actions with the same effect: measured from 900 to 3,100 states a game (get_state, set_state) and
+# Mean returns of a uniformly random policy and of the paper's expert ("easy", all levels), and
+# actions with the same effect: tried from 900 to 3,100 states a game (get_state, set_state), with
 # five more steps; in no case did a frame, a reward or an episode's end differ.
 SIDES = "left left-down left-up, right right-down right-up"
 GAMES = {

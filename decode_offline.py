@@ -1,7 +1,7 @@
 """Stage 3, offline: decode latent actions with a few labelled frames (paper, 4.3, 6.2, Figure 4).
 
-For each number of labels N and each seed, an action decoder is fitted on N pairs of the IDM's z_t and
-the true action, and plays on top of the frozen latent policy: action = decoder(policy(o_t)).
+For each number of labels N and each seed, an action decoder is fitted on N pairs of the IDM's z_t
+and the true action, and plays on top of the frozen latent policy: action = decoder(policy(o_t)).
 Beside them plays a policy that does not look: it draws actions as often as the expert does.
 
 reads   runs/<game>/latent_policy.pt, {train,test}/latents_NNN.npz,
@@ -161,7 +161,7 @@ def sample_actions(logits, generator):
 
 
 def load_labelled(frames_dir, latents_dir, game, dynamics, max_shards=16):
-    """z float32 (n, Z) and true actions int64 (n,) of all valid rows of shards spread over a split."""
+    """z float32 (n, Z) and true actions int64 (n,) of all valid rows of up to max_shards shards."""
     paths = common.list_shards(frames_dir, game)
     z, actions = [], []
     for i in np.unique(np.linspace(0, len(paths) - 1, max_shards).astype(int)):
@@ -277,9 +277,8 @@ def main(args):
             f"{policy_accuracy[i].mean():18.3f}"
         )
     print(", ".join(f"{name} {value:.2f}" for name, value in references.items()))
-    print(
-        f"results: {run / 'decode_offline.npz'}\nnext: python decode_online_ppo.py --game {args.game}"
-    )
+    print(f"results: {run / 'decode_offline.npz'} and .png")
+    print(f"next: python decode_online_ppo.py --game {args.game}")
 
 
 if __name__ == "__main__":

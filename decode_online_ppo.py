@@ -1,9 +1,9 @@
 """Stage 3, online: decode latent actions while playing, with PPO (paper, 4.3, 6.1, Figure 3).
 
-The latent policy's convolutions are frozen. Two sets of logits on top of them are averaged: those of
-a decoder, fitted on the agent's own transitions as the IDM labels them (SL), and those of an action
-head that learns from rewards (RL). --method rl is the ablation without the decoder; with the folder
-of baselines/train_ilpo.py, it is the paper's ILPO baseline.
+The latent policy's convolutions are frozen. Two sets of logits on top of them are averaged: those
+of a decoder, fitted on the agent's own transitions as the IDM labels them (SL), and those of an
+action head that learns from rewards (RL). --method rl is the ablation without the decoder; with the
+folder of baselines/train_ilpo.py, it is the paper's ILPO baseline.
 
 reads   runs/<game>/latent_policy.pt, and for rl_sl latent_dynamics.pt (the IDM)
 writes  runs/<game>/decode_online_<method>.npz, .pt, .png (all methods in the folder) and .csv
@@ -84,7 +84,7 @@ class Args:
     """The same for the layer before both heads (official code)."""
 
     refit_from: int = 10_000
-    """Steps before the decoder's first fit; every fit starts from scratch, on all transitions so far
+    """Steps before the decoder's first fit; each fit starts from scratch, on all transitions so far
     (official code, as all of these)."""
     refit_each_until: int = 50_000
     """Steps until which it is refitted after each update."""
@@ -199,8 +199,9 @@ class ActionDecoder(nn.Module):
 
 
 class OnlinePolicy(nn.Module):
-    """What PPO trains: the layer after the frozen convolutions, an action head and a value head. The
-    layer is a copy, because the decoder is fed by the latent policy's own, which stays frozen.
+    """What PPO trains: the layer after the frozen convolutions, an action head and a value head.
+
+    The layer is a copy; the decoder is fed by the latent policy's own, which stays frozen.
     """
 
     def __init__(self, hidden, with_decoder):
@@ -284,9 +285,9 @@ def refit_is_due(update, args):
 def label_transitions(idm, frames, firsts, actions, batch_size=512):
     """z (M, Z) of a rollout's transitions, and the actions (M,) taken at their middle frames o_t.
 
-    frames uint8 (k + T + 1, B, S, S, 3), firsts bool (k + T + 1, B): k frames before the rollout, the
-    T frames at which actions (T, B) were taken, and the one after. Windows across an episode's end
-    are left out.
+    frames uint8 (k + T + 1, B, S, S, 3), firsts bool (k + T + 1, B): k frames before the rollout,
+    the T frames at which actions (T, B) were taken, and the one after. Windows across an episode's
+    end are left out.
     """
     length = len(frames) - len(actions) + 1  # k + 2 frames in a window
     episode = firsts.long().cumsum(0)
@@ -393,7 +394,7 @@ def main(args):
 
     @torch.no_grad()
     def look(step):
-        """Encodes the frame of this step once; it is used in all epochs. Returns the logits (B, 15)."""
+        """Encodes this step's frame, once for all epochs. Returns the logits (B, 15)."""
         features[step] = latent_policy.features(frames[k + step])
         if fitted:
             decoded[step] = decoder(latent_policy.latent(features[step]))
@@ -483,14 +484,14 @@ def main(args):
             )  # fmt: skip
             common.save_checkpoint(
                 f"{output}.pt", kind="decode_online", game=args.game, env_step=env_step,
-                settings=settings, frame_size=size, multiplier=checkpoint["multiplier"], z_dim=z_dim,
-                policy=policy.state_dict(), latent_policy=latent_policy.state_dict(),
+                settings=settings, frame_size=size, multiplier=checkpoint["multiplier"],
+                z_dim=z_dim, policy=policy.state_dict(), latent_policy=latent_policy.state_dict(),
                 decoder=decoder.state_dict() if with_decoder else None,
             )  # fmt: skip
     log.bar.close()
     print(
-        f"{args.method}: mean return {curve['returns'][-1]:.2f} in the last {curve['episodes'][-1]} "
-        f"episodes\nresults: {output}.npz, .pt, .png and .csv\n"
+        f"{args.method}: mean return {curve['returns'][-1]:.2f}, {curve['episodes'][-1]} episodes\n"
+        f"results: {output}.npz, .pt, .png and .csv\n"
         f"next: python visualize_latents.py --game {args.game}"
     )
 

@@ -49,8 +49,8 @@ class Args:
     """Windows of each split to evaluate on."""
 
     standardize: bool = False
-    """Regress latents of mean 0 and std 1. Not in the paper; z can be smaller than what an update of
-    the last layer changes, and nothing is learned (results/LOG.md)."""
+    """Regress latents of mean 0 and std 1; not in the paper. Otherwise z can be smaller than the
+    change of one update, and nothing is learned (results/LOG.md)."""
     multiplier: float = 4
     """Multiplies IMPALA's channels 16, 32, 32 (A.4)."""
     grad_steps: int = 60_000

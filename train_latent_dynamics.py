@@ -10,7 +10,8 @@ writes  runs/<game>/latent_dynamics.pt, {train,test}/latents_NNN.npz, train_late
 
 paper scale   python train_latent_dynamics.py --game bigfish
 on a CPU      python train_latent_dynamics.py --game miner --multiplier 0.5 --fdm-width 8 --lr 1e-3
-                  --batch-size 64 --vq-decay 0.99 --predict-change --grad-steps 1500 --eval-every 250
+                  --batch-size 64 --vq-decay 0.99 --predict-change --grad-steps 1500
+                  --eval-every 250
 no VQ (A.2)   python train_latent_dynamics.py --game bigfish --no-vq --runs-dir runs/no_vq
 """
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ONLINE, STAGE_2, fails, folders
+from conftest import ONLINE, STAGE_1, STAGE_2, fails, folders
 
 import common
 import decode_offline as offline
 import decode_online_ppo as online
 import train_latent_bc as stage2
+import train_latent_dynamics as stage1
 
 OFFLINE = dict(
     device="cpu", labels=(4, 16), decoder_seeds=2, decoder_steps=3, episodes=8, envs_per_decoder=2
@@ -68,6 +69,21 @@ def test_variance_explained_by_hand():
     assert metrics["variance_explained"] == pytest.approx(1 - 3 / ((1 + 4) / 2))
     policy = stage2.LatentPolicy(64, 4, 128)
     assert sum(p.numel() for p in policy.parameters()) == 3_681_920
+
+
+def test_stages_1_and_2_decay_their_weights(root, monkeypatch):
+    """AdamW with 0.01, as in the official code."""
+    optimizers, adamw = [], torch.optim.AdamW
+
+    class AdamW(adamw):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
+            optimizers.append(self.defaults["weight_decay"])
+
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    stage1.main(stage1.Args(**folders(root), **STAGE_1 | dict(grad_steps=1)))
+    stage2.main(stage2.Args(**folders(root), **STAGE_2 | dict(grad_steps=1)))
+    assert optimizers == [0.01, 0.01]
 
 
 def test_standardized_latents_have_the_loss_of_their_own_scale(root):
