@@ -355,12 +355,11 @@ def evaluate_and_record(args, settings, splits, act):
         return rng.integers(common.NUM_ACTIONS, size=len(obs))
 
     # the returns of expert and random policy go into the files, for the plots
-    means = {}
-    for name, player in dict(expert=act, random=act_at_random).items():
+    players = dict(expert=act) | (dict(random=act_at_random) if args.num_levels else {})
+    means = dict(random_return=common.GAMES[args.game][0])  # the paper's, on all levels
+    for name, player in players.items():
         envs = common.ProcgenEnvs(settings, args.num_envs, common.derive_seed(args.seed, name))
         means[f"{name}_return"] = common.evaluate(envs, player, 4).mean().item()
-    if args.num_levels == 0:
-        means["random_return"] = common.GAMES[args.game][0]  # the paper's, of more episodes
     print(
         f"mean return of {4 * args.num_envs} episodes: expert {means['expert_return']:.2f}, random "
         f"policy {means['random_return']:.2f} (the paper's expert, on all levels: "
