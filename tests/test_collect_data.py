@@ -220,11 +220,14 @@ def test_replaying_the_actions_gives_the_frames_and_rewards(recorded, split):
     assert length == 18 if split == "train" else 15
 
 
-def test_random_play_is_uniform_and_test_levels_are_others(tmp_path):
+def test_random_play_is_uniform_and_test_levels_are_others(tmp_path, monkeypatch):
     where = dict(
         data_dir=tmp_path / "data", runs_dir=tmp_path / "runs", experts_dir=tmp_path / "experts"
     )
     flags = TINY | where | dict(random_frames=3000, num_levels=3, start_level=7)
+    collect_data.main(collect_data.Args(**flags | dict(train_frames=0)))  # trains the expert
+    always_3 = torch.full((4,), 3)
+    monkeypatch.setattr(collect_data, "sample_actions", lambda *arguments: always_3)
     collect_data.main(collect_data.Args(**flags))
     folder = tmp_path / "data/bigfish"
     shards = sorted((folder / "random").glob("frames_*.npz"))
@@ -232,9 +235,11 @@ def test_random_play_is_uniform_and_test_levels_are_others(tmp_path):
     assert abs(np.bincount(actions, minlength=15) / len(actions) - 1 / 15).max() < 0.03
     levels = {
         s: common.read_frames(folder / s / "frames_000.npz", "bigfish")[2]
-        for s in ("train", "test")
+        for s in ("train", "test", "random")
     }
-    assert levels["train"]["start_level"] == 7 and levels["test"]["start_level"] == 10
+    assert [levels[s]["start_level"] for s in levels] == [7, 10, 10]
+    actions = common.read_actions(folder / "test/frames_000.npz", "bigfish")
+    assert (actions == 3).all()  # the expert's
 
 
 def test_frames_that_are_there_are_not_replaced_unless_asked(recorded, tmp_path):
