@@ -183,6 +183,26 @@ def test_cloning_finds_the_action_with_many_labels_and_soft_ones_and_not_with_a_
     assert p.item() == pytest.approx(0.7, abs=0.1)  # not 1: the mixture is cloned
 
 
+def test_each_policy_plays_its_own_games(monkeypatch):
+    class PaysForActions:
+        """Each step is an episode whose return is the action's number."""
+
+        def __init__(self, settings, num_envs, seed):
+            self.num_envs, self.finished, self.obs = num_envs, [], np.zeros((num_envs, 16, 16, 3))
+
+        def step(self, actions):
+            self.finished += list(enumerate(map(float, actions)))
+
+    def always(action):
+        return lambda obs: 100 * F.one_hot(torch.full((len(obs),), action), 15).float()
+
+    monkeypatch.setattr(common, "ProcgenEnvs", PaysForActions)
+    args = efficiency.Args(episodes=4, envs_per_decoder=2)
+    policies = [always(action) for action in (5, 0, 9)]
+    returns = efficiency.play(policies, SETTINGS, args, torch.device("cpu"))
+    assert returns.tolist() == [5, 0, 9]
+
+
 def test_labels_of_drawn_frames(work):
     """The pixels show shard and row; with one shard in memory at a time and with both."""
 
