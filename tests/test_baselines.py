@@ -255,11 +255,17 @@ def test_same_rows_as_decode_offline_and_arrays_survive(work, monkeypatch):
     results = [dict(np.load(run / "decode_offline.npz"))]
     monkeypatch.setattr(efficiency, "fit_decoder", fit)
     monkeypatch.setattr(efficiency, "train", train)
+    judged, accuracies = [], efficiency.accuracies
+    monkeypatch.setattr(efficiency, "accuracies", lambda *x: judged.append(x[1]) or accuracies(*x))
     flags |= dict(**where(work), labelled_steps=2, clone_steps=2, clone_batch_size=8)
     for methods in (("vpt", "lapo_plus"), ("bc", "bc_all")):
         efficiency.main(efficiency.Args(**flags, methods=methods))
         results.append(dict(np.load(run / "decode_offline.npz")))
 
+    obs = common.read_frames(work / "data" / GAME / "test/frames_000.npz", GAME)[0]
+    held_out = {frame.tobytes() for frame in obs}
+    frames = [x[:, 1] if x.ndim == 5 else x for x in judged if x.dtype == torch.uint8]
+    assert len(frames) >= 4 and all(y.numpy().tobytes() in held_out for x in frames for y in x)
     # decoders get the same latents, labels and random numbers in both scripts
     for there, here in zip(fits[:4], fits[4:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(there, here))

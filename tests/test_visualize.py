@@ -135,7 +135,14 @@ def test_whole_script_with_labels(tmp_path, capsys, monkeypatch):
     common.save_npz(run / "decode_offline.npz", bounds, **curves)
     common.save_npz(run / "decode_online_rl_sl.npz", bounds, env_steps=[4096], returns=[7.5])
     capsys.readouterr()
+    probes, linear_probe = [], viz.linear_probe
+    monkeypatch.setattr(viz, "linear_probe", lambda *x: probes.append(x) or linear_probe(*x))
     viz.main(viz.Args(**where, points=120, supervised_steps=2))
+    assert [len(fit_z) for fit_z, *_ in probes] == [90, 90, 120, 120]  # random play, then train
+    assert [len(test_z) for _, _, test_z, _ in probes][:2] == [30, 30]
+    with np.load(run / "train/latents_000.npz") as file:
+        trained_on = {tuple(z) for z in file["z"][file["valid"]].tolist()}
+    assert {tuple(z) for z in probes[2][0].astype(np.float16).tolist()} <= trained_on
     text = capsys.readouterr().out
     assert text.isascii() and text.index("random_probe ") < text.index("majority")  # comes first
     for line in ("without looking 1.5", "16 labels 3", "4,096 steps online 7.5"):
