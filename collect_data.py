@@ -49,7 +49,7 @@ class Args:
     runs_dir: Path = Path("runs")
     """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
     resume: bool = False
-    """Continue the run that was stopped; it starts anew if there is none."""
+    """Continue the run that was stopped, or start one if there is none."""
     compile: bool = False
     """Compile the loss with torch.compile."""
     overwrite: bool = False

@@ -1,4 +1,4 @@
-"""Shared by all tests: a toy video whose true actions are known, and tiny data in the file formats."""
+"""Shared by all tests: a toy video whose true actions are known, and tiny data sets of it."""
 
 import sys
 from pathlib import Path
@@ -57,7 +57,7 @@ def toy_video(episodes, length, seed, frame_size=32):
 
 
 def write_toy_data(root, game="maze", frame_size=16, shards=2, episodes=8, length=16, **settings):
-    """root/data/<game>/{train,test,random} with `shards` shards each of the toy video; returns root."""
+    """Writes `shards` shards of the toy video to each split of root/data/<game>; returns root."""
     means = dict(random_return=0.0, expert_return=10.0)
     settings = (
         dict(game=game, frame_size=frame_size, start_level=0, num_levels=0) | means | settings
@@ -83,7 +83,8 @@ STAGE_2 = dict(
 )  # fmt: skip
 ONLINE = dict(
     device="cpu", num_envs=8, rollout_steps=16, env_steps=2048, minibatches=4, log_every_steps=1024,
-    action_lr_ramp=(256, 512, 0.25), value_lr_ramp=(128, 512, 0.25), hidden_lr_ramp=(512, 1024, 0.1),
+    action_lr_ramp=(256, 512, 0.25), value_lr_ramp=(128, 512, 0.25),
+    hidden_lr_ramp=(512, 1024, 0.1),
     refit_from=256, refit_each_until=640, refit_every=4, refit_until=1600, refit_batch_size=64,
 )  # fmt: skip
 

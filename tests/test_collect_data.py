@@ -12,8 +12,8 @@ import collect_data
 import common
 
 TINY = dict(
-    game="bigfish", device="cpu", frame_size=16, expert_multiplier=0.25, num_envs=4, rollout_steps=32,
-    minibatches=2, expert_steps=256, train_frames=200, test_frames=60, random_frames=60,
+    game="bigfish", device="cpu", frame_size=16, expert_multiplier=0.25, num_envs=4,
+    rollout_steps=32, minibatches=2, expert_steps=256, train_frames=200, test_frames=60, random_frames=60,
 )  # fmt: skip
 
 
@@ -60,7 +60,8 @@ def ppo(
     rest = (torch.tensor(x) for x in (old_value, advantage, target))
     actions = torch.tensor([3, 4])
     return collect_data.ppo_loss(
-        logits, torch.tensor(value), actions, old_logprob, *rest, clip=0.2, value_coef=0.5, entropy_coef=0.01
+        logits, torch.tensor(value), actions, old_logprob, *rest,
+        clip=0.2, value_coef=0.5, entropy_coef=0.01,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def test_normalized_returns():
 
 
 def play(steps, seed, settings=BIGFISH):
-    """Rewards [T, B], frames [T + 1, B, S, S, 3], dones [T, B] of random actions; the environments."""
+    """Rewards [T, B], frames [T + 1, B, S, S, 3] and dones [T, B] of random actions; the games."""
     envs = common.ProcgenEnvs(settings, 3, seed)
     rng = np.random.default_rng(0)
     frames, rewards, dones = [envs.obs], [], []

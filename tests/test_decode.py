@@ -359,7 +359,8 @@ def test_every_transition_reaches_the_decoder_once_with_its_action(root, numbere
     assert (episode == episode[:, :1]).all() and (env == env[:, :1]).all()
     assert (step == step[:, :1] + torch.arange(3)).all()
     expected = {
-        (e, i // (5 + e), i % (5 + e)) for e in range(8) for i in range(32) if 1 <= i % (5 + e) < 4 + e
+        (e, i // (5 + e), i % (5 + e))
+        for e in range(8) for i in range(32) if 1 <= i % (5 + e) < 4 + e
     }  # fmt: skip
     seen = list(zip(env[:, 1].tolist(), episode[:, 1].tolist(), step[:, 1].tolist()))
     assert len(seen) == len(set(seen)) and set(seen) == expected

@@ -23,7 +23,7 @@ def quantizer_of(decay=0.9):
 
 
 def naive_codes(z, embedding):
-    """codes [B][C][P]: piece p of codebook c is z.view(B, C, E, P)[b, c, :, p] (official layout)."""
+    """codes [B, C, P]: piece p of codebook c is z.view(B, C, E, P)[b, c, :, p] (official code)."""
     pieces = z.view(-1, C, E, P)
     codes = torch.zeros(len(z), C, P, dtype=torch.long)
     for b in range(len(z)):
