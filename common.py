@@ -123,6 +123,7 @@ class ProcgenEnvs:
         options = {name: settings.get(name, 0) for name in ("start_level", "num_levels")}  # 0: all
         if settings.get("plain"):
             options |= dict(use_backgrounds=False, restrict_themes=True, use_monochrome_assets=True)
+        gc.collect()  # games that are garbage must not be closed while others are being made
         self.games = ProcgenGym3Env(
             num=num_envs, env_name=settings["game"], distribution_mode="easy", rand_seed=seed,
             num_threads=min(num_envs, NUM_CORES), **options,

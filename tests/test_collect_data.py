@@ -13,7 +13,8 @@ import common
 
 TINY = dict(
     game="bigfish", device="cpu", frame_size=16, expert_multiplier=0.25, num_envs=4,
-    rollout_steps=32, minibatches=2, expert_steps=256, train_frames=200, test_frames=60, random_frames=60,
+    rollout_steps=32, minibatches=2, expert_steps=256, train_frames=200, test_frames=60,
+    random_frames=60,
 )  # fmt: skip
 
 

@@ -192,6 +192,16 @@ def test_probe_and_perplexity_by_hand():
     assert stage1.perplexity(np.arange(12) % 4, 64) == pytest.approx(4)
 
 
+def test_the_probe_is_tested_on_the_last_quarter(monkeypatch):
+    probes, probe = [], stage1.linear_probe
+    monkeypatch.setattr(stage1, "linear_probe", lambda *x: probes.append(x) or probe(*x))
+    idm, fdm = IDM(16, 1, 0.25, 8), FDM(16, 1, 8, 4, False)
+    frames = torch.randint(256, (40, 3, 16, 16, 3), dtype=torch.uint8)
+    stage1.evaluate(idm, NoQuantizer(), fdm, frames, frames, np.arange(40))
+    z, actions, test_z, test_actions = probes[0]
+    assert (len(z), len(test_z)) == (30, 10) and [*actions, *test_actions] == list(range(40))
+
+
 def test_collapse_shows_in_each_position():
     """Four positions that sit on one code each use four codes of the codebook, and tell nothing."""
     torch.manual_seed(0)
