@@ -29,7 +29,7 @@ test: .venv/installed
 # networks, an expert that is shipped with its curve. How game and flags were chosen: results/LOG.md.
 DEMO := --game miner --seed $(SEED) --device cpu --runs-dir demo/runs --data-dir demo/data
 demo: .venv/installed
-	@echo "The demo takes about 12 minutes on 2 CPU cores, 3 GB of memory and 0.2 GB of disk."
+	@echo "The demo takes about 13 minutes on 2 CPU cores, 3 GB of memory and 0.2 GB of disk."
 	$(PY) collect_data.py $(DEMO) --plain --frame-size 32 --train-frames 131_072 --test-frames 16_384 --random-frames 16_384 --experts-dir experts/plain_32x32 --overwrite
 	$(PY) train_latent_dynamics.py $(DEMO) --grad-steps 1500 --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --predict-change --eval-every 250
 	$(PY) train_latent_bc.py $(DEMO) --grad-steps 1500 --lr 1e-3 --multiplier 0.5 --warmup-steps 100 --standardize --eval-every 500
