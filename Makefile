@@ -1,7 +1,9 @@
 # make demo                  the whole method on real Procgen, on a CPU, in minutes
 # make test                  style check and tests
 # make paper GAME=bigfish    the same chain at the paper's settings, with baselines and ablation
-# make figures               the paper's figures from what lies in runs/
+# make laptop GAME=miner     the same at laptop scale, with controls: maze, heist or miner
+# make laptop-ablations      its ablations and ILPO, after that
+# make figures RUNS=runs     the paper's figures from what lies there
 # PYTHON=python3.11 picks the interpreter, SEED=2 another seed.
 
 SHELL := /bin/bash
@@ -9,9 +11,10 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 GAME ?= bigfish
 SEED ?= 1
+RUNS ?= runs
 PY := .venv/bin/python
 
-.PHONY: demo test paper figures
+.PHONY: demo test paper laptop laptop-ablations figures
 test: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -60,5 +63,32 @@ paper: .venv/installed
 	$(PY) decode_online_ppo.py $(call RUN,ilpo) --method rl --resume
 	$(PY) collect_data.py $(call RUN,scratch) --train-frames 0 --expert-steps 4_000_000 --expert-multiplier 4 --experts-dir runs/scratch/seed_$(SEED) --resume
 
+# Laptop scale: plain pictures at 32x32, all levels, half-width networks, recordings of a solver.
+SMALL = --game $(GAME) --seed $(SEED) --device cpu --data-dir laptop/data --runs-dir laptop/runs/$(1)/seed_$(SEED)
+SMALL_1 = --multiplier 0.5 --fdm-width 8 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --eval-every 500
+SMALL_2 = --multiplier 0.5 --grad-steps 3000 --lr 1e-3 --warmup-steps 100 --standardize --eval-every 1000
+SMALL_3 = --labels 16 64 256 1024 --decoder-seeds 3
+laptop: .venv/installed
+	$(PY) collect_data.py --game $(GAME) --data-dir laptop/data --device cpu --solver --plain --frame-size 32 --train-frames 262_144 --test-frames 16_384 --random-frames 65_536 --resume
+	$(PY) train_latent_dynamics.py $(call SMALL,lapo) $(SMALL_1) --grad-steps 2000 --resume
+	$(PY) train_latent_bc.py $(call SMALL,lapo) $(SMALL_2) --resume
+	$(PY) decode_offline.py $(call SMALL,lapo) $(SMALL_3)
+	$(PY) train_latent_dynamics.py $(call SMALL,untrained) $(SMALL_1) --grad-steps 0
+	$(PY) train_latent_bc.py $(call SMALL,untrained) $(SMALL_2) --resume
+	$(PY) decode_offline.py $(call SMALL,untrained) $(SMALL_3)
+	$(PY) -m baselines.label_efficiency $(call SMALL,lapo) $(SMALL_3) --methods bc bc_all --untrained-dir laptop/runs/untrained/seed_$(SEED) --labelled-steps 300 --clone-steps 3000 --clone-lr 1e-3
+	$(PY) decode_online_ppo.py $(call SMALL,lapo) --method rl_sl --env-steps 524_288 --log-every-steps 32_768 --resume
+	$(PY) visualize_latents.py $(call SMALL,lapo) --supervised-steps 500
+	$(PY) collect_data.py $(call SMALL,scratch) --train-frames 0 --plain --frame-size 32 --expert-steps 524_288 --expert-multiplier 0.5 --experts-dir laptop/runs/scratch/seed_$(SEED) --minibatches 16 --resume
+
+laptop-ablations: .venv/installed
+	$(PY) decode_online_ppo.py $(call SMALL,lapo) --method rl --env-steps 524_288 --log-every-steps 32_768 --resume
+	$(PY) train_latent_dynamics.py $(call SMALL,no_vq) $(SMALL_1) --grad-steps 2000 --no-vq --resume
+	$(PY) train_latent_bc.py $(call SMALL,no_vq) $(SMALL_2) --resume
+	$(PY) decode_online_ppo.py $(call SMALL,no_vq) --method rl --env-steps 524_288 --log-every-steps 32_768 --resume
+	$(PY) visualize_latents.py $(call SMALL,no_vq) --supervised-steps 0
+	$(PY) -m baselines.train_ilpo $(call SMALL,ilpo) --latents 5 --multiplier 0.5 --fdm-width 8 --batch-size 32 --grad-steps 2000 --lr 1e-3 --eval-every 500 --resume
+	$(PY) decode_online_ppo.py $(call SMALL,ilpo) --method rl --env-steps 524_288 --log-every-steps 32_768 --resume
+
 figures: .venv/installed
-	$(PY) results/plot_figures.py
+	$(PY) results/plot_figures.py --runs-dir $(RUNS)

@@ -73,7 +73,8 @@ class Args:
     """No backgrounds, one theme, monochrome assets: the same games and rules, in plain pictures in
     which actions are a larger part of what changes. For laptops, not in the paper."""
     solver: bool = False
-    """Record a solver in place of a PPO expert: --game maze --plain (experts/maze_solver.py)."""
+    """Record a solver in place of a PPO expert, with --plain: maze, heist, miner
+    (experts/grid_solver.py)."""
     temperature: float = 1.0
     """Divides the expert's logits when it is evaluated and recorded; 1 (the paper's) samples it."""
 
@@ -295,7 +296,8 @@ def record(args, settings, act, num_frames, folder):
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     part.mkdir()
-    envs = common.ProcgenEnvs(settings, args.num_envs, common.derive_seed(args.seed, folder.name))
+    seen = settings | dict(frame_size=64) if args.solver else settings
+    envs = common.ProcgenEnvs(seen, args.num_envs, common.derive_seed(args.seed, folder.name))
     b, s, steps = args.num_envs, args.frame_size, -(-num_frames // args.num_envs)
     bar, pending = common.progress_bar(steps * b, "frame", folder.name), []
     with ThreadPoolExecutor(max(1, common.NUM_CORES // 2)) as pool:  # zlib releases the GIL
@@ -306,8 +308,10 @@ def record(args, settings, act, num_frames, folder):
             first = np.zeros((b, length), bool)
             first[:, 0] = True  # a stream starts here: its past is in another shard
             for step in range(length):
-                obs[:, step], action[:, step] = envs.obs, act(envs.obs)
-                _, reward[:, step], done = envs.step(action[:, step])
+                actions = act(envs.obs)
+                obs[:, step] = common.shrink(envs.obs, s)
+                action[:, step] = np.where(actions < 0, 4, actions)  # -1 ends an episode (solver)
+                _, reward[:, step], done = envs.step(actions)
                 first[:, step + 1 : step + 2] = done[:, None]
             frames = dict(obs=obs.reshape(-1, s, s, 3), first=first.reshape(-1))
             labels = dict(action=action.reshape(-1), reward=reward.reshape(-1))
@@ -358,7 +362,8 @@ def evaluate_and_record(args, settings, splits, act):
     players = dict(expert=act) | (dict(random=act_at_random) if args.num_levels else {})
     means = dict(random_return=common.GAMES[args.game][0])  # the paper's, on all levels
     for name, player in players.items():
-        envs = common.ProcgenEnvs(settings, args.num_envs, common.derive_seed(args.seed, name))
+        seen = settings | dict(frame_size=64) if args.solver else settings
+        envs = common.ProcgenEnvs(seen, args.num_envs, common.derive_seed(args.seed, name))
         means[f"{name}_return"] = common.evaluate(envs, player, 4).mean().item()
     print(
         f"mean return of {4 * args.num_envs} episodes: expert {means['expert_return']:.2f}, random "
@@ -384,9 +389,9 @@ def main(args):
     if args.train_frames and not splits:
         return
     if args.solver:
-        from experts.maze_solver import MazeSolver
+        from experts.grid_solver import GridSolver
 
-        solver = MazeSolver(args.game, args.plain, args.seed)
+        solver = GridSolver(args.game, args.plain, args.seed)
         return evaluate_and_record(args, settings, splits, solver)
 
     if not path.exists():

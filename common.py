@@ -103,6 +103,13 @@ def check_finite(step, path, *modules):
         fail(f"the loss is not finite at step {step}; {path} stays as it was; try a lower --lr")
 
 
+def shrink(frames, size):
+    """uint8 [B, S, S, 3] -> uint8 [B, size, size, 3], rounded means of blocks"""
+    n = frames.shape[1] // size
+    total = sum(frames[:, i::n, j::n].astype(np.uint16) for i in range(n) for j in range(n))
+    return ((total + n * n // 2) // (n * n)).astype(np.uint8)
+
+
 class ProcgenEnvs:
     """`num_envs` Procgen games ("easy") that step together; the games' own seed is set.
 
@@ -134,9 +141,7 @@ class ProcgenEnvs:
 
     def _observe(self):
         reward, obs, first = self.games.observe()
-        frames, n = obs["rgb"], 64 // self.frame_size  # smaller frames: rounded means of blocks
-        total = sum(frames[:, i::n, j::n].astype(np.uint16) for i in range(n) for j in range(n))
-        self.obs = ((total + n * n // 2) // (n * n)).astype(np.uint8)
+        self.obs = shrink(obs["rgb"], self.frame_size)
         return reward.copy(), first.copy()
 
     def step(self, actions):

@@ -21,6 +21,7 @@ on a CPU      python -m baselines.label_efficiency --game miner --methods bc --l
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import common  # before torch
@@ -38,6 +39,7 @@ CURVES = {  # arrays of decode_offline.npz and their names in the plot
     "returns_vpt": "VPT: an IDM labels all frames to clone",
     "returns_lapo_plus": "LAPO+: the decoder labels all frames to clone",
     "returns_bc_all": "BC: clones all true labels",
+    "returns_untrained": "LAPO with an untrained IDM",
 }
 Method = Literal["bc", "vpt", "lapo_plus", "bc_all"]
 
@@ -48,6 +50,9 @@ class Args(decode_offline.Args):
     """Frames in memory at once (12 KB each at 64x64); more than that on disk are streamed."""
     methods: tuple[Method, ...] = ("bc", "vpt", "lapo_plus", "bc_all")
     """What to compare; described at the top of the script."""
+    untrained_dir: Path = Path("runs/untrained")
+    """If <untrained-dir>/<game>/decode_offline.npz is there (stage 1 with --grad-steps 0, and the
+    rest of the chain), its returns stand beside the others."""
     labelled_steps: int = 1000
     """bc's policy and vpt's IDM: updates on the labelled frames, smoothed as the decoder's."""
     clone_steps: int = 10_000
@@ -173,6 +178,12 @@ def main(args):
         for flag, value in found.items():
             if value != getattr(args, flag):
                 common.fail(f"--{flag} is {getattr(args, flag)}, but {results} has {value}")
+    control = args.untrained_dir / game / results.name
+    if control.exists():
+        untrained = common.load_npz(control, ("labels", "returns"), made_by)
+        if untrained["labels"].tolist() != list(args.labels):
+            common.fail(f"--labels is {args.labels}, but {control} has {untrained['labels']}")
+        arrays["returns_untrained"] = untrained["returns"]
 
     # --- data: the labelled rows of each seed and the held-out rows, both as in decode_offline.py
     z, actions = load_labelled(data / "train", run / "train", game, stamp)
@@ -237,20 +248,26 @@ def main(args):
         result["policy_accuracy"] = accuracies(policies, test_windows[:, k], *judged_on)
         result["returns"] = play(policies, settings, args, device)
 
-        # --- save and draw after each method
+        # --- save and draw after each method, then print
         for name, values in result.items():  # [L, seeds]; of bc_all [seeds]
-            values = values if method == "bc_all" else values.reshape(-1, seeds)
-            arrays[f"{name}_{method}"] = values
-            print(f"{method} {name}: {values.mean(-1).round(3)}")
+            arrays[f"{name}_{method}"] = values if method == "bc_all" else values.reshape(-1, seeds)
         saved[f"settings_{method}"] = asdict(args)
         common.save_npz(results, saved, **arrays)
-        names = [name for name in CURVES if name in arrays]
-        curves = {CURVES[name]: arrays[name] + np.zeros((len(args.labels), 1)) for name in names}
+        shown = {CURVES[name]: arrays[name] for name in CURVES if name in arrays}
+        shown = {
+            name: np.broadcast_to(x, (len(args.labels), x.shape[-1])) for name, x in shown.items()
+        }
         lines = {"expert": arrays["expert_return"], "random policy": arrays["random_return"]}
         if "blind_return" in arrays:
             lines["actions drawn without looking"] = float(arrays["blind_return"])
         title = f"{game}, few labels: mean and std over seeds"
-        decode_offline.plot(run / "decode_offline.png", title, args.labels, curves, lines)
+        decode_offline.plot(run / "decode_offline.png", title, args.labels, shown, lines)
+        for name, values in result.items():
+            print(f"{method} {name}: {values.reshape(-1, seeds).mean(1).round(3)}")
+    print(f"{'mean return with N labels':46}" + "".join(f"{count:8}" for count in args.labels))
+    for name, values in shown.items():
+        print(f"{name:46}" + "".join(f"{x:8.2f}" for x in values.mean(1)))
+    print(", ".join(f"{name} {value:.2f}" for name, value in lines.items()))
     print(f"results: {results} and .png")
 
 

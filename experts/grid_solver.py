@@ -1,0 +1,99 @@
+"""A solver for the plain pictures of maze, heist and miner, in place of a PPO expert.
+
+PPO needs millions of steps on these games; a shortest path through the cells that the picture shows
+needs none. A fraction of the actions is uniformly random, so that the recordings show more than
+shortest paths. Where nothing is in reach, the episode is given up (action -1 restarts the game).
+"""
+
+import numpy as np
+
+import common
+
+CELLS = dict(maze=15, heist=9, miner=10)  # a side, in "easy" mode
+MOVES = np.array([(0, -1), (0, 1), (-1, 0), (1, 0)])  # (row, column): left, right, up, down
+ACTIONS = np.array([(2, 5, 8), (1, 4, 7), (0, 3, 6)])  # [row + 1, column + 1], 4 stays
+WALL, AGENT, FAR = (191, 127, 63), (127, 255, 127), 999
+# heist: colors of key and door; pixel in row 3 where the key is drawn once the agent holds it
+LOCKS = {63: ((127, 127, 255), (255, 191, 191)), 56: ((191, 191, 191), (63, 255, 127)),
+         53: ((255, 255, 127), (191, 63, 63))}  # fmt: skip
+
+
+def near(pixels, color):
+    """int (..., 3) -> bool (...)"""
+    return abs(pixels - np.array(color)).sum(-1) < 60
+
+
+def neighbors(x, fill):
+    """(B, N, N) -> (4, B, N, N): the value of the next cell to the left, right, up, down."""
+    n, padded = x.shape[1], np.pad(x, ((0, 0), (1, 1), (1, 1)), constant_values=fill)
+    return np.stack([padded[:, 1 + r : 1 + r + n, 1 + c : 1 + c + n] for r, c in MOVES])
+
+
+def read_board(game, obs):
+    """int (B, 64, 64, 3) -> can_move bool (4, B, N, N) from each cell to its neighbors, target bool
+    (B, N, N), risk (4, B, N, N): steps that a move is worth avoiding for.
+    """
+    center = ((np.arange(CELLS[game]) + 0.5) * 64 / CELLS[game]).astype(int)
+    cells = obs[:, center][:, :, center]
+    risk = np.zeros((4, *cells.shape[:3]))
+    if game == "maze":
+        free, target = ~near(cells, WALL), near(cells, (127, 127, 255))
+    elif game == "heist":  # a door is open to who holds its key; nearest key first
+        free, target = ~near(cells, WALL), near(cells, (191, 63, 191))
+        for column, (key, door) in LOCKS.items():
+            held = near(obs[:, 3, column], key) & ~near(obs[:, 1, column], key)  # not in the maze
+            held = held[:, None, None]
+            free &= ~near(cells, door) | held
+            target |= near(cells, key) & ~held
+    else:  # miner: all diamonds, then the exit; not under falling boulders
+        colors = (255, 191, 191), (127, 127, 255), (63, 191, 255), (0, 0, 0)
+        boulder, diamond, goal, empty = (near(cells, color) for color in colors)
+        some_left = diamond.any((1, 2), keepdims=True)
+        above = neighbors(boulder, False)[2]
+        free = ~boulder & ~(goal & some_left) & ~(empty & above)
+        target = np.where(some_left, diamond, goal)
+        risk[3] = 20 * above  # a boulder follows who moves down from under it
+    can_move = neighbors(free, False)
+    if game == "miner":
+        for side in (0, 1):  # a boulder can be pushed into an empty cell
+            beyond = neighbors(neighbors(empty, False)[side], False)[side]
+            can_move[side] |= neighbors(boulder, False)[side] & beyond
+    return can_move, target, risk
+
+
+class GridSolver:
+    """obs uint8 (B, 64, 64, 3) of plain pictures -> actions int (B,)"""
+
+    def __init__(self, game, plain, seed, random_actions=0.1):
+        if game not in CELLS or not plain:
+            common.fail(f"--solver plays {', '.join(CELLS)}, all with --plain, and nothing else")
+        self.game, self.random_actions = game, random_actions
+        self.rng = np.random.default_rng(seed)
+
+    def __call__(self, obs):
+        obs = obs.astype(int)
+        can_move, target, risk = read_board(self.game, obs)
+        steps = np.where(target, 0, FAR)  # (B, N, N) to the target; relaxed until nothing changes
+        while True:
+            shorter = np.where(can_move, neighbors(steps, FAR) + 1, FAR).min(0)
+            if (shorter >= steps).all():
+                break
+            steps = np.minimum(steps, shorter)
+
+        agent, n = near(obs, AGENT), CELLS[self.game]
+        size = np.maximum(agent.sum((1, 2)), 1)
+        row, column = (  # (B,), of the agent's center, in cells
+            (agent * grid).sum((1, 2)) / size * n / 64
+            for grid in np.meshgrid(np.arange(64) + 0.5, np.arange(64) + 0.5, indexing="ij")
+        )
+        here = np.arange(len(obs)), row.astype(int), column.astype(int)
+        choices = (np.where(can_move, neighbors(steps, FAR), FAR) + risk)[
+            (slice(None), *here)
+        ]  # (4, B)
+        move = MOVES[choices.argmin(0)]  # to the center of the next cell: heist's are not aligned
+        gap = np.stack(here[1:], 1) + 0.5 + move - np.stack([row, column], 1)  # (B, 2)
+        step = np.where(abs(gap) > 0.12, np.sign(gap), 0).astype(int) + 1
+        actions = ACTIONS[step[:, 0], step[:, 1]]
+        random = self.rng.integers(common.NUM_ACTIONS, size=len(obs))
+        actions = np.where(self.rng.random(len(obs)) < self.random_actions, random, actions)
+        return np.where(choices.min(0) >= FAR, -1, actions)
