@@ -6,6 +6,7 @@ metrics.
 
 import contextlib
 import csv
+import ctypes
 import functools
 import gc
 import hashlib
@@ -13,6 +14,7 @@ import io
 import json
 import math
 import os
+import signal
 import sys
 import zipfile
 import zlib
@@ -359,11 +361,18 @@ def read_shard(path, game, context, latents_dir=None, dynamics=None):
         return error
 
 
+def die_with_parent(_):
+    """In a worker: without this, workers of a killed run can wait for it for ever (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def read_ahead(paths, sampler=None, **arguments):
     """Yields read_shard(path, **arguments); worker processes read the next ones meanwhile."""
     gc.collect()  # games that are garbage: their destructors hang in a forked worker
     read = functools.partial(read_shard, **arguments)
     options = dict(num_workers=min(4, NUM_CORES, len(paths)), collate_fn=read)
+    options["worker_init_fn"] = die_with_parent
     for shard in torch.utils.data.DataLoader(paths, None, sampler=sampler, **options):
         if isinstance(shard, SystemExit):
             fail(str(shard).removeprefix("error: "))

@@ -100,38 +100,27 @@ class ImpalaCNN(nn.Module):
 
 
 class LatentPolicy(nn.Module):
-    """pi(o_t) -> z_t (3,681,920 parameters at the paper's sizes), or logits over K clusters of z."""
+    """pi(o_t) -> z_t (3,681,920 parameters at the paper's sizes)."""
 
-    def __init__(self, frame_size, multiplier, z_dim, clusters=0):
+    def __init__(self, frame_size, multiplier, z_dim):
         super().__init__()
         self.cnn = ImpalaCNN(3, frame_size, multiplier)
         self.hidden = nn.Linear(self.cnn.num_features, 256)
-        self.head = nn.Linear(256, clusters or z_dim)
-        self.register_buffer("mean", torch.zeros(clusters or z_dim))  # of z, for --standardize
-        self.register_buffer("std", torch.ones(clusters or z_dim))
-        self.register_buffer("centers", torch.zeros(clusters, z_dim))
+        self.head = nn.Linear(256, z_dim)
+        self.register_buffer("mean", torch.zeros(z_dim))  # of z, for --standardize
+        self.register_buffer("std", torch.ones(z_dim))
 
     def features(self, obs):
         """uint8 (B, S, S, 3) -> the convolutions' output (B, F)"""
         return self.cnn(to_input(obs[:, None]))
 
-    def predict(self, features):
-        """(B, F) -> z (B, Z), or logits (B, K)"""
+    def latent(self, features):
+        """(B, F) -> z (B, Z)"""
         return self.mean + self.std * self.head(F.relu(self.hidden(features)))
 
     def forward(self, obs):
-        """uint8 (B, S, S, 3) -> z (B, Z), or logits (B, K)"""
-        return self.predict(self.features(obs))
-
-    def decode(self, prediction, decoder):
-        """z (B, Z), or logits (B, K) -> logits of true actions (B, A)
-
-        With clusters p(a | o) = sum_k p(k | o) p(a | center k), so the decoder sees only latents
-        of the kind that it was fitted on.
-        """
-        if not len(self.centers):
-            return decoder(prediction)
-        return (prediction.softmax(-1) @ decoder(self.centers).softmax(-1)).log()
+        """uint8 (B, S, S, 3) -> z (B, Z)"""
+        return self.latent(self.features(obs))
 
 
 class ActionDecoder(nn.Module):
@@ -207,9 +196,7 @@ def main(args):
     path, made_by = run / "latent_policy.pt", f"python train_latent_bc.py --game {args.game}"
     checkpoint = common.load_checkpoint(path, "latent_policy", args.game, made_by)
     z_dim, settings = checkpoint["z_dim"], checkpoint["settings"]
-    policy = LatentPolicy(
-        checkpoint["frame_size"], checkpoint["multiplier"], z_dim, checkpoint.get("clusters", 0)
-    )
+    policy = LatentPolicy(checkpoint["frame_size"], checkpoint["multiplier"], z_dim)
     common.load_weights(policy, checkpoint["policy"], path)
     policy.to(device, memory_format=torch.channels_last).eval()
     stamp = checkpoint["dynamics"]
@@ -224,7 +211,7 @@ def main(args):
     rows = test.draw(4096)
     test_z, test_actions = test.z_at(rows), common.true_actions_to_report_on(test, rows)
     with torch.no_grad():
-        predicted = torch.cat([policy(obs) for obs in test.frames_at(rows).split(512)])
+        predicted_z = torch.cat([policy(obs) for obs in test.frames_at(rows).split(512)])
 
     # --- a decoder for each number of labels and each seed; more labels contain the fewer ones
     print(
@@ -244,9 +231,8 @@ def main(args):
         fit_decoder(decoder, z[rows].to(device), actions[rows].to(device), args, generator)
         decoders.append(decoder)
         with torch.no_grad():
-            logits = decoder(test_z), policy.decode(predicted, decoder)
-            for result, x in zip((accuracy, policy_accuracy), logits):
-                guesses = distinct[x.argmax(1)].cpu().numpy()
+            for result, latents in ((accuracy, test_z), (policy_accuracy, predicted_z)):
+                guesses = distinct[decoder(latents).argmax(1)].cpu().numpy()
                 result[i, seed] = (guesses == test_actions).mean()
 
     # --- play: all decoders share one vectorized environment and the policy's forward pass
@@ -254,8 +240,8 @@ def main(args):
     rng, quota = np.random.default_rng(args.seed), -(-args.episodes // args.envs_per_decoder)
 
     def act(obs):
-        predicted = policy(torch.from_numpy(obs).to(device)).chunk(len(decoders))
-        logits = torch.cat([policy.decode(*pair) for pair in zip(predicted, decoders)])
+        latents = policy(torch.from_numpy(obs).to(device)).chunk(len(decoders))
+        logits = torch.cat([decoder(part) for decoder, part in zip(decoders, latents)])
         return sample_actions(logits, generator).cpu().numpy()
 
     def act_blindly(obs):

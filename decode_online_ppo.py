@@ -158,38 +158,27 @@ class IDM(nn.Module):
 
 
 class LatentPolicy(nn.Module):
-    """pi(o_t) -> z_t (3,681,920 parameters at the paper's sizes), or logits over K clusters of z."""
+    """pi(o_t) -> z_t (3,681,920 parameters at the paper's sizes)."""
 
-    def __init__(self, frame_size, multiplier, z_dim, clusters=0):
+    def __init__(self, frame_size, multiplier, z_dim):
         super().__init__()
         self.cnn = ImpalaCNN(3, frame_size, multiplier)
         self.hidden = nn.Linear(self.cnn.num_features, 256)
-        self.head = nn.Linear(256, clusters or z_dim)
-        self.register_buffer("mean", torch.zeros(clusters or z_dim))  # of z, for --standardize
-        self.register_buffer("std", torch.ones(clusters or z_dim))
-        self.register_buffer("centers", torch.zeros(clusters, z_dim))
+        self.head = nn.Linear(256, z_dim)
+        self.register_buffer("mean", torch.zeros(z_dim))  # of z, for --standardize
+        self.register_buffer("std", torch.ones(z_dim))
 
     def features(self, obs):
         """uint8 (B, S, S, 3) -> the convolutions' output (B, F)"""
         return self.cnn(to_input(obs[:, None]))
 
-    def predict(self, features):
-        """(B, F) -> z (B, Z), or logits (B, K)"""
+    def latent(self, features):
+        """(B, F) -> z (B, Z)"""
         return self.mean + self.std * self.head(F.relu(self.hidden(features)))
 
     def forward(self, obs):
-        """uint8 (B, S, S, 3) -> z (B, Z), or logits (B, K)"""
-        return self.predict(self.features(obs))
-
-    def decode(self, prediction, decoder):
-        """z (B, Z), or logits (B, K) -> logits of true actions (B, A)
-
-        With clusters p(a | o) = sum_k p(k | o) p(a | center k), so the decoder sees only latents
-        of the kind that it was fitted on.
-        """
-        if not len(self.centers):
-            return decoder(prediction)
-        return (prediction.softmax(-1) @ decoder(self.centers).softmax(-1)).log()
+        """uint8 (B, S, S, 3) -> z (B, Z)"""
+        return self.latent(self.features(obs))
 
 
 class ActionDecoder(nn.Module):
@@ -332,9 +321,7 @@ def load_networks(run, args, device):
     path, made_by = run / "latent_policy.pt", f"python train_latent_bc.py --game {args.game}"
     checkpoint = common.load_checkpoint(path, "latent_policy", args.game, made_by)
     size, z_dim = checkpoint["frame_size"], checkpoint["z_dim"]
-    latent_policy = LatentPolicy(
-        size, checkpoint["multiplier"], z_dim, checkpoint.get("clusters", 0)
-    )
+    latent_policy = LatentPolicy(size, checkpoint["multiplier"], z_dim)
     common.load_weights(latent_policy, checkpoint["policy"], path)
     latent_policy.to(device, memory_format=torch.channels_last).requires_grad_(False)
     if args.method == "rl":
@@ -410,7 +397,7 @@ def main(args):
         """Encodes this step's frame, once for all epochs. Returns the logits (B, 15)."""
         features[step] = latent_policy.features(frames[k + step])
         if fitted:
-            decoded[step] = latent_policy.decode(latent_policy.predict(features[step]), decoder)
+            decoded[step] = decoder(latent_policy.latent(features[step]))
         logits, values[step] = policy(features[step], decoded[step])
         return logits
 

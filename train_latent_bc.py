@@ -21,7 +21,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from sklearn.cluster import MiniBatchKMeans
 
 
 @dataclass
@@ -52,9 +51,6 @@ class Args:
     standardize: bool = False
     """Regress latents of mean 0 and std 1; not in the paper. Otherwise z can be smaller than the
     change of one update, and nothing is learned (results/LOG.md)."""
-    clusters: int = 0
-    """0: regress z by mean squared error (the paper). K: classify which of K k-means clusters of z
-    comes next, by cross entropy; a mean of several actions' latents is no action's latent."""
     multiplier: float = 4
     """Multiplies IMPALA's channels 16, 32, 32 (A.4)."""
     grad_steps: int = 60_000
@@ -111,49 +107,36 @@ class ImpalaCNN(nn.Module):
 
 
 class LatentPolicy(nn.Module):
-    """pi(o_t) -> z_t (3,681,920 parameters at the paper's sizes), or logits over K clusters of z."""
+    """pi(o_t) -> z_t (3,681,920 parameters at the paper's sizes)."""
 
-    def __init__(self, frame_size, multiplier, z_dim, clusters=0):
+    def __init__(self, frame_size, multiplier, z_dim):
         super().__init__()
         self.cnn = ImpalaCNN(3, frame_size, multiplier)
         self.hidden = nn.Linear(self.cnn.num_features, 256)
-        self.head = nn.Linear(256, clusters or z_dim)
-        self.register_buffer("mean", torch.zeros(clusters or z_dim))  # of z, for --standardize
-        self.register_buffer("std", torch.ones(clusters or z_dim))
-        self.register_buffer("centers", torch.zeros(clusters, z_dim))
+        self.head = nn.Linear(256, z_dim)
+        self.register_buffer("mean", torch.zeros(z_dim))  # of z, for --standardize
+        self.register_buffer("std", torch.ones(z_dim))
 
     def features(self, obs):
         """uint8 (B, S, S, 3) -> the convolutions' output (B, F)"""
         return self.cnn(to_input(obs[:, None]))
 
-    def predict(self, features):
-        """(B, F) -> z (B, Z), or logits (B, K)"""
+    def latent(self, features):
+        """(B, F) -> z (B, Z)"""
         return self.mean + self.std * self.head(F.relu(self.hidden(features)))
 
     def forward(self, obs):
-        """uint8 (B, S, S, 3) -> z (B, Z), or logits (B, K)"""
-        return self.predict(self.features(obs))
-
-    def decode(self, prediction, decoder):
-        """z (B, Z), or logits (B, K) -> logits of true actions (B, A)
-
-        With clusters p(a | o) = sum_k p(k | o) p(a | center k), so the decoder sees only latents
-        of the kind that it was fitted on.
-        """
-        if not len(self.centers):
-            return decoder(prediction)
-        return (prediction.softmax(-1) @ decoder(self.centers).softmax(-1)).log()
+        """uint8 (B, S, S, 3) -> z (B, Z)"""
+        return self.latent(self.features(obs))
 
 
 # --- training -------------------------------------------------------------------------------------
 
 
 def imitation_loss(policy, obs, z):
-    """obs uint8 (B, S, S, 3), z (B, Z) before quantization -> loss (): mean squared error, in units
-    of policy.std, or cross entropy of the nearest cluster.
+    """obs uint8 (B, S, S, 3), z (B, Z) before quantization -> mean squared error (), in units of
+    policy.std, which is 1 without --standardize.
     """
-    if len(policy.centers):
-        return F.cross_entropy(policy(obs), torch.cdist(z, policy.centers).argmin(1))
     return F.mse_loss(policy(obs) / policy.std, z / policy.std)
 
 
@@ -165,13 +148,8 @@ def evaluate(policy, obs, z, batch_size=512):
     o_t does not determine what a stochastic expert does next.
     """
     policy.eval()
-    predicted = torch.cat([policy(part) for part in obs.split(batch_size)])
+    mse = (torch.cat([policy(part) for part in obs.split(batch_size)]) - z).pow(2).mean()
     policy.train()
-    if len(policy.centers):
-        nearest = torch.cdist(z, policy.centers).argmin(1)
-        accuracy = (predicted.argmax(1) == nearest).float().mean()
-        return dict(test_cross_entropy=F.cross_entropy(predicted, nearest), test_accuracy=accuracy)
-    mse = (predicted - z).pow(2).mean()
     return dict(test_mse=mse, variance_explained=1 - mse / z.var(0, correction=0).mean())
 
 
@@ -196,14 +174,9 @@ def main(args):
 
     # --- network
     size, z_dim = store.frame_size, dynamics["z_dim"]
-    policy = LatentPolicy(size, args.multiplier, z_dim, args.clusters)
-    z = store.z_at(store.rows[:: max(1, len(store.rows) // 65_536)])  # spread over all shards
-    if args.clusters:
-        kmeans = MiniBatchKMeans(args.clusters, n_init=3, random_state=args.seed).fit(
-            z.cpu().numpy()
-        )
-        policy.centers.copy_(torch.from_numpy(kmeans.cluster_centers_))
-    elif args.standardize:
+    policy = LatentPolicy(size, args.multiplier, z_dim)
+    if args.standardize:
+        z = store.z_at(store.rows[:: max(1, len(store.rows) // 65_536)])  # spread over all shards
         policy.mean.copy_(z.mean(0))
         policy.std.copy_(z.std(0) + 1e-6)
     policy.to(device, memory_format=torch.channels_last)
@@ -235,12 +208,11 @@ def main(args):
         log.bar.update()
         if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
             common.check_finite(grad_step, output, policy)
-            log.write(grad_step=grad_step, train_loss=loss, **evaluate(policy, test_obs, test_z))
+            log.write(grad_step=grad_step, train_mse=loss, **evaluate(policy, test_obs, test_z))
             common.save_checkpoint(
                 output, kind="latent_policy", game=args.game, grad_step=grad_step,
                 settings=store.settings, frame_size=size, context=context, z_dim=z_dim,
-                multiplier=args.multiplier, clusters=args.clusters, dynamics=stamp,
-                policy=policy.state_dict(),
+                multiplier=args.multiplier, dynamics=stamp, policy=policy.state_dict(),
             )  # fmt: skip
             common.save_state(state, args, grad_step, parts)
     log.bar.close()

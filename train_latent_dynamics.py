@@ -317,8 +317,6 @@ def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device
     settings = dict(dynamics=common.fingerprint(idm, quantizer))
     paths, z_dim = common.list_shards(frames_dir, game), idm.head.out_features
     num_codes = quantizer(torch.zeros(1, z_dim, device=device))[2].shape[1]
-    for old in latents_dir.glob("latents_*.npz"):
-        old.unlink()
     bar = common.progress_bar(len(paths), "shard", f"latents of {frames_dir}")
     for path, obs, valid, _, _ in common.read_ahead(paths, game=game, context=context):
         z = np.zeros((len(obs), z_dim), np.float16)

@@ -258,15 +258,19 @@ def plot_film(run, frames, names, title):
 
 def print_results(run, game, metrics):
     """Metrics by their names in latents.npz, then the returns of the other stages, if any."""
-    line, bounds = "{:28}{:10.4g}  {}", "random {random_return:.2f}, expert {expert_return:.2f}"
+    line, bounds = "{:36}{:10.4g}  {}", "random {random_return:.2f}, expert {expert_return:.2f}"
     for name, value in metrics.items():
-        print(f"{name:28}{value:10.4g}")
+        print(f"{name:36}{value:10.4g}")
     for path in run.glob("decode_offline.npz"):
-        offline = common.load_npz(path, ("labels", "returns", "blind_return"), "decode_offline.py")
-        beside = bounds.format(**offline["settings"])
-        print(line.format("return without looking", float(offline["blind_return"]), beside))
-        for labels, x in zip(offline["labels"], offline["returns"]):
-            print(line.format(f"return, {labels} labels", x.mean(), f"std {x.std():.2f}, {beside}"))
+        with common.reading(path, "python decode_offline.py"), np.load(path) as file:
+            offline = {name: file[name] for name in file.files}
+        print(line.format("return without looking", float(offline["blind_return"]), ""))
+        labels = offline["labels"]
+        for name in (name for name in offline if name.startswith("returns")):
+            values = np.broadcast_to(offline[name], (len(labels), offline[name].shape[-1]))
+            for count, x in zip(labels, values):  # methods: baselines/label_efficiency.py
+                method = f"return, {name[8:] or 'lapo'}, {count} labels"
+                print(line.format(method, x.mean(), f"std {x.std():.2f}"))
     for path in sorted(run.glob("decode_online_*.npz")):
         online = common.load_npz(path, ("env_steps", "returns"), "decode_online_ppo.py")
         name = f"return, {online['env_steps'][-1]:,} steps online"

@@ -245,7 +245,7 @@ def main(args):
             common.save_checkpoint(
                 output, kind="latent_policy", game=args.game, grad_step=grad_step,
                 settings=store.settings, frame_size=size, context=args.context, z_dim=latents,
-                clusters=0, multiplier=args.multiplier, dynamics=common.fingerprint(generator),
+                multiplier=args.multiplier, dynamics=common.fingerprint(generator),
                 policy=policy.state_dict(),
             )  # fmt: skip
             common.save_state(state, args, grad_step, parts)

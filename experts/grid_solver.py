@@ -11,7 +11,7 @@ import common
 
 CELLS = dict(maze=15, heist=9, miner=10)  # a side, in "easy" mode
 MOVES = np.array([(0, -1), (0, 1), (-1, 0), (1, 0)])  # (row, column): left, right, up, down
-ACTIONS = np.array([(2, 5, 8), (1, 4, 7), (0, 3, 6)])  # [row + 1, column + 1], 4 stays
+ACTIONS = np.array([(4, 7, 1), (3, 4, 4), (5, 4, 4)])  # [step down, step right], -1 is the last
 WALL, AGENT, FAR = (191, 127, 63), (127, 255, 127), 999
 # heist: colors of key and door; pixel in row 3 where the key is drawn once the agent holds it
 LOCKS = {63: ((127, 127, 255), (255, 191, 191)), 56: ((191, 191, 191), (63, 255, 127)),
@@ -90,10 +90,11 @@ class GridSolver:
         choices = (np.where(can_move, neighbors(steps, FAR), FAR) + risk)[
             (slice(None), *here)
         ]  # (4, B)
-        move = MOVES[choices.argmin(0)]  # to the center of the next cell: heist's are not aligned
+        move = MOVES[choices.argmin(0)]
         gap = np.stack(here[1:], 1) + 0.5 + move - np.stack([row, column], 1)  # (B, 2)
-        step = np.where(abs(gap) > 0.12, np.sign(gap), 0).astype(int) + 1
-        actions = ACTIONS[step[:, 0], step[:, 1]]
+        off = (move == 0) & (abs(gap) > 0.18)  # heist's agent is not aligned with the cells
+        step = np.where(off.any(1, keepdims=True), off, move != 0) * np.sign(gap).astype(int)
+        actions = ACTIONS[tuple(step.T)]
         random = self.rng.integers(common.NUM_ACTIONS, size=len(obs))
         actions = np.where(self.rng.random(len(obs)) < self.random_actions, random, actions)
         return np.where(choices.min(0) >= FAR, -1, actions)

@@ -283,3 +283,12 @@ def test_same_rows_as_decode_offline_and_arrays_survive(work, monkeypatch):
         assert shapes == [(2, 2), (2, 2), (2, 2), (2,)]
     with pytest.raises(SystemExit, match=r"^error: --labels is \(4,\), but .* has \(4, 16\)$"):
         efficiency.main(efficiency.Args(**flags | dict(labels=(4,))))
+    # the same chain on an untrained IDM is set beside them
+    flags["untrained_dir"] = work / "untrained"
+    control, returns = work / "untrained" / GAME / "decode_offline.npz", np.array([[1.0], [2.0]])
+    common.save_npz(control, {}, labels=np.array([4, 16]), returns=returns)
+    efficiency.main(efficiency.Args(**flags, methods=("bc",)))
+    assert np.array_equal(np.load(run / "decode_offline.npz")["returns_untrained"], returns)
+    common.save_npz(control, {}, labels=np.array([4, 8]), returns=returns)
+    with pytest.raises(SystemExit, match=r"^error: --labels is \(4, 16\), but .* has \[4 8\]$"):
+        efficiency.main(efficiency.Args(**flags, methods=("bc",)))

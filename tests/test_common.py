@@ -1,7 +1,14 @@
 """common.py: games, evaluation, files, windows, resuming and metrics."""
 
 import csv
+import json
+import multiprocessing as mp
+import os
+import signal
+import sys
+import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,6 +250,36 @@ def test_more_frames_than_memory_are_streamed(numbered):
     assert set(seen) == {i for i in range(80) if i % 5 in (1, 2, 3)}
     assert len(set(in_memory)) > 5
     assert [seen.count(i) for i in (1, 21, 41, 61)] == pytest.approx([17] * 4, abs=14)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
+def test_readers_die_with_a_killed_run(tmp_path):
+    """A shard is larger than a pipe holds, so a reader waits until somebody takes it."""
+    write_toy_data(tmp_path, frame_size=64, shards=2)
+    paths, (read_end, write_end) = sorted(tmp_path.glob("data/maze/train/frames_*.npz")), os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            order = torch.utils.data.RandomSampler(paths, num_samples=10**9)
+            shards = common.read_ahead(paths, order, game="maze", context=1)
+            next(shards)
+            os.write(write_end, json.dumps([p.pid for p in mp.active_children()]).encode())
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    readers = json.loads(os.read(read_end, 1000))
+    assert readers
+
+    def running(pid):
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    deadline = time.monotonic() + 60
+    while any(map(running, readers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(running, readers))
 
 
 def test_latents_of_other_frames_or_another_run_are_refused(numbered):

@@ -60,8 +60,6 @@ def test_the_policy_imitates_the_latent_of_its_own_frame(root, monkeypatch):
 
 def test_variance_explained_by_hand():
     class Constant(torch.nn.Module):
-        centers = ()
-
         def forward(self, obs):
             return torch.full((len(obs), 2), 1.0)
 
