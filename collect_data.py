@@ -9,10 +9,10 @@ writes  otherwise experts/<game>.pt and runs/<game>/expert.csv; data/<game>/{tra
         frames_NNN.npz and labels_NNN.npz
 
 paper scale     python collect_data.py --game bigfish
-on a CPU        python collect_data.py --game miner --plain --frame-size 32 --train-frames 131_072
-                    --test-frames 16_384 --experts-dir experts/plain_32x32
-                python collect_data.py --game maze --plain --frame-size 32 --solver
+on a CPU        python collect_data.py --game miner --solver --plain --frame-size 32
                     --train-frames 131_072 --test-frames 16_384
+                python collect_data.py --game starpilot --plain --frame-size 32 --minibatches 16
+                    --expert-multiplier 0.5 --expert-steps 3_000_000 --train-frames 131_072
 PPO from        python collect_data.py --game bigfish --train-frames 0 --expert-steps 4_000_000
 scratch (6.1)       --expert-multiplier 4 --runs-dir runs/scratch --experts-dir runs/scratch/experts
 """

@@ -80,6 +80,7 @@ OFFLINE = dict(
     bc_all=Series("cloning all true labels", "C6", "lapo/decode_offline.npz", "returns_bc_all"),
     blind=Series("blind policy", "C7", "lapo/decode_offline.npz", "blind_return"),
 )
+CONTROLS = ("untrained", "bc", "blind")  # what decoding with as many labels has to beat
 SERIES = ONLINE | OFFLINE
 LATENTS = [f"{variant}/latents.npz" for variant in ("lapo", "no_vq", "untrained")]
 ILPO = ["ilpo/decode_online_rl.npz", "ilpo/train_ilpo.csv"]
@@ -295,11 +296,12 @@ def print_tables(results):
         ("RL+SL > RL > RL no VQ > scratch", [*ONLINE][:4], -math.inf),
         ("scratch >= ILPO", ["ppo_scratch", "ppo_from_ilpo"], -math.inf),
         ("offline with 256 labels >= scratch", ["offline", "ppo_scratch"], -math.inf),
+        *((f"offline > {SERIES[name].label}", ["offline", name], -math.inf) for name in CONTROLS),
     ):
         there = [name for name in names if name in results.curves]
         games = [g for g in results.scales if there and all(g in results.curves[n] for n in there)]
         if games and len(there) >= min(2, len(names)):
-            curves = [results.paper[name]["aggregate"] for name in there]
+            curves = [results.paper[name]["aggregate"] for name in there if name in results.paper]
             paper = [f"{np.interp(256 if x[0] < 256 else 4e6, x, y):.2f}" for x, y in curves]
             points = [results.point(name, games) for name in there]
             ours = [f"{mean[1]:.2f} ± {std[1]:.2f} @{x:,.0f}" for x, mean, std in points]
