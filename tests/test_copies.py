@@ -40,7 +40,8 @@ def flags(source):
     found = {}
     for field, text in zip(args.body, args.body[1:]):
         if isinstance(field, ast.AnnAssign):
-            kind, default = ast.unparse(field.annotation), ast.unparse(field.value)
+            kind = ast.unparse(field.annotation)
+            default = field.value and ast.unparse(field.value)
             assert isinstance(text, ast.Expr), f"{field.target.id} has no help text"
             found[field.target.id] = (kind, default, text.value.value)
     return found

@@ -1,0 +1,233 @@
+"""Play a latent world: keys choose latent actions, the FDM draws what follows, in a browser.
+
+Keys 1 to 9 are the middles of the largest k-means clusters of held-out latents. Beside the FDM's
+open-loop rollout, the real game takes the true action that a cluster mostly stands for, where labels
+and the game are there, so that one sees the two part. Nothing leaves this machine.
+
+reads   runs/<game>/latent_dynamics.pt, test/latents_NNN.npz, data/<game>/test/frames_NNN.npz and,
+        if there, labels_NNN.npz
+
+python play_latents.py --game miner    # over SSH: ssh -L 8000:localhost:8000 host
+"""
+
+import base64
+import json
+import threading
+import time
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import common  # before torch
+import numpy as np
+import torch
+import tyro
+from train_latent_dynamics import FDM, EMAVectorQuantizer, NoQuantizer
+from visualize_latents import medoids, rollout
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>LAPO: play the latent actions</title>
+<style>
+  body { font: 16px sans-serif; margin: 2em; } canvas { image-rendering: pixelated; }
+  figure { display: inline-block; margin: 0 1.5em 1em 0; } figcaption { margin-top: .3em; }
+  .big { width: 320px; height: 320px; } button { font: inherit; margin: 0 .6em .6em 0; }
+  button canvas { width: 64px; height: 64px; margin: 3px; } .on { outline: 3px solid #d33; }
+</style>
+<figure><canvas class="big" id="dream"></canvas><figcaption>the FDM, open loop</figcaption></figure>
+<figure><canvas class="big" id="real"></canvas><figcaption id="caption">the real game</figcaption></figure>
+<p id="numbers"></p><div id="keys"></div>
+<p>1 to 9: a latent action (o<sub>t</sub> and o<sub>t+1</sub> of a frame that had it);
+space: repeat; R: start from another frame.</p>
+<script>
+const get = id => document.getElementById(id);
+let last = 1, busy = false;
+function draw(canvas, rgb, size) {
+  const bytes = Uint8Array.from(atob(rgb), c => c.charCodeAt(0));
+  canvas.width = canvas.height = size;
+  const image = new ImageData(size, size);
+  for (let i = 0; i < size * size; i++) {
+    image.data.set(bytes.subarray(3 * i, 3 * i + 3), 4 * i);
+    image.data[4 * i + 3] = 255;
+  }
+  canvas.getContext("2d").putImageData(image, 0, 0);
+}
+function show(s) {
+  draw(get("dream"), s.dream, s.size);
+  get("real").parentNode.hidden = s.real === null;
+  if (s.real !== null) draw(get("real"), s.real, s.size);
+  get("numbers").textContent = `step ${s.step}, FDM ${s.milliseconds.toFixed(0)} ms` +
+    (s.real === null ? "" : `, mse to the real game ${s.mse.toFixed(4)}`) +
+    (s.ended ? ", the real game has ended: R" : "");
+}
+async function send(message) {
+  if (busy) return;
+  busy = true;
+  try {
+    const answer = await fetch("/step", {method: "POST", body: JSON.stringify(message)});
+    show(await answer.json());
+  } finally { busy = false; }
+}
+function press(key) {
+  last = key;
+  for (const [i, b] of [...get("keys").children].entries()) b.className = i + 1 === key ? "on" : "";
+  send({key});
+}
+document.addEventListener("keydown", event => {
+  const key = Number(event.key);
+  if (event.key === " ") { event.preventDefault(); press(last); }
+  else if (event.key.toLowerCase() === "r") send({key: 0});
+  else if (key >= 1 && key <= get("keys").children.length) press(key);
+});
+fetch("/keys").then(answer => answer.json()).then(keys => {
+  for (const [i, key] of keys.entries()) {
+    const button = document.createElement("button");
+    for (const rgb of key.frames) draw(button.appendChild(document.createElement("canvas")), rgb, key.size);
+    button.append(document.createElement("br"), `${i + 1}: ${key.text}`);
+    button.onclick = () => press(i + 1);
+    get("keys").append(button);
+  }
+  send({key: 0});
+});
+</script></html>"""
+
+
+@dataclass
+class Args:
+    game: str = "bigfish"
+    """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
+    seed: int = 1
+    """Seeds networks, samples and the games themselves."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    data_dir: Path = Path("data")
+    """Frames and labels are in <data-dir>/<game>."""
+    runs_dir: Path = Path("runs")
+    """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
+    port: int = 8000
+    """Of the page, on 127.0.0.1 only."""
+
+
+def encode(frame):
+    """uint8 [S, S, 3] -> base64 of its bytes"""
+    return base64.b64encode(np.ascontiguousarray(frame).tobytes()).decode()
+
+
+class World:
+    """The FDM's world and, if there is one, the real game, started from the same frames."""
+
+    def __init__(self, args):
+        device, self.rng = common.pick_device(args.device), np.random.default_rng(args.seed)
+        run, made_by = args.runs_dir / args.game, f"train_latent_dynamics.py --game {args.game}"
+        path = run / "latent_dynamics.pt"
+        saved = common.load_checkpoint(path, "latent_dynamics", args.game, f"python {made_by}")
+        self.size, self.k, vq = saved["frame_size"], saved["context"], saved["vq_sizes"]
+        self.fdm = FDM(
+            self.size, self.k, saved["z_dim"], saved["fdm_width"], saved["predict_change"]
+        )
+        quantizer = EMAVectorQuantizer(*vq, decay=1.0) if vq else NoQuantizer()
+        for name, module in dict(fdm=self.fdm, quantizer=quantizer).items():
+            common.load_weights(module, saved[name], path)
+            module.to(device).eval()
+
+        where = (args.data_dir / args.game / "test", args.game, self.k, 65_536, args.seed, device)
+        latents = dict(latents_dir=run / "test", dynamics=saved["fingerprint"])
+        store = common.FrameStore(*where, **latents)
+        rows = store.draw(4096).sort()[0].unique()
+        self.windows, z_q = store.windows_at(rows), quantizer(store.z_at(rows))[0]
+        middle, cluster = medoids(z_q.cpu().numpy(), min(9, len(z_q)), args.seed)
+        self.z_q, self.keys = z_q[middle], []
+        actions = common.true_actions_to_report_on(store, rows)
+        self.actions = None if actions is None else []
+        for i, row in enumerate(middle):
+            inside = cluster == i
+            text = f"{inside.mean():.0%} of frames"
+            if actions is not None:
+                counts = np.bincount(actions[inside])
+                self.actions.append(int(counts.argmax()))
+                name = common.ACTIONS[self.actions[-1]]
+                text += f", {name} {counts.max() / counts.sum():.0%}"
+            frames = [encode(frame) for frame in self.windows[row, -2:].cpu().numpy()]
+            self.keys.append(dict(frames=frames, size=self.size, text=text))
+        self.envs = None
+        if actions is not None and args.game in common.GAMES:
+            self.envs = common.ProcgenEnvs(store.settings, 1, args.seed)
+
+    @torch.no_grad()
+    def step(self, key):
+        """key: 0 starts again, 1 .. M takes a latent action. Returns what the page shows."""
+        start, ended = time.perf_counter(), False
+        if key == 0:
+            self.steps = 0
+            if self.envs:  # -1 ends the episode; then as many frames as the FDM needs
+                frames = [self.envs.step(np.array([a]))[0][0] for a in [-1] + [4] * self.k]
+                self.past = torch.from_numpy(np.stack(frames))[None].to(self.z_q.device)
+            else:
+                row = int(self.rng.integers(len(self.windows)))
+                self.past = self.windows[row : row + 1, :-1]
+        else:
+            self.steps += 1
+            after = rollout(self.fdm, self.past, self.z_q[key - 1 : key], 1)[:, -1:]
+            self.past = torch.cat([self.past[:, 1:], after], 1)
+        milliseconds = 1000 * (time.perf_counter() - start)
+        if key and self.envs:
+            ended = bool(self.envs.step(np.array([self.actions[key - 1]]))[2][0])
+        dream, real = self.past[0, -1].cpu().numpy(), self.envs.obs[0] if self.envs else None
+        mse = None if real is None else float(((dream / 255 - real / 255) ** 2).mean())
+        return dict(
+            dream=encode(dream), real=None if real is None else encode(real), size=self.size,
+            step=self.steps, milliseconds=milliseconds, mse=mse, ended=ended,
+        )  # fmt: skip
+
+
+def make_server(world, port):
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, status, content, kind="application/json"):
+            body = content.encode()
+            self.send_response(status)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self):
+            if self.path == "/":
+                return self.answer(200, PAGE, "text/html")
+            if self.path == "/keys":
+                return self.answer(200, json.dumps(world.keys))
+            self.answer(400, "{}")
+
+        def do_POST(self):
+            try:
+                length = int(self.headers.get("Content-Length", 0))
+                key = json.loads(self.rfile.read(min(length, 1000)))["key"]
+                if self.path != "/step" or type(key) is not int or not 0 <= key <= len(world.keys):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
+                return self.answer(400, "{}")
+            with lock:
+                self.answer(200, json.dumps(world.step(key)))
+
+        def log_message(self, *_):
+            pass
+
+    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+def main(args):
+    world = World(args)
+    world.step(0)
+    try:
+        server = make_server(world, args.port)
+    except OSError as error:
+        common.fail(f"--port {args.port} is not usable ({error})")
+    print(f"play {args.game}: http://127.0.0.1:{server.server_port} (Ctrl-C ends it)")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
