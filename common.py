@@ -60,7 +60,7 @@ def distinct_actions(game):
     distinct = np.arange(NUM_ACTIONS)
     for group in GAMES[game][2].split(",") if game in GAMES else ():
         members = [ACTIONS.index(name) for name in group.split()]
-        distinct[members] = members[0]
+        distinct[members] = members[:1]
     return distinct
 
 

@@ -27,6 +27,7 @@ from visualize_latents import medoids, rollout
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>LAPO: play the latent actions</title>
+<link rel="icon" href="data:,">
 <style>
   body { font: 16px sans-serif; margin: 2em; } canvas { image-rendering: pixelated; }
   figure { display: inline-block; margin: 0 1.5em 1em 0; } figcaption { margin-top: .3em; }

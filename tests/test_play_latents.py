@@ -2,7 +2,12 @@
 
 import base64
 import json
+import os
+import re
+import shutil
+import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -80,3 +85,44 @@ def test_without_labels_and_game_there_is_the_dream_alone(chain, monkeypatch):
     world.step(0)
     shown = world.step(1)
     assert shown["real"] is None and shown["mse"] is None and shown["step"] == 1
+
+
+@pytest.mark.skipif(not shutil.which("chromedriver"), reason="no chromedriver")
+def test_in_a_browser(address, tmp_path):
+    """A key changes the picture, and the console stays silent."""
+    driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
+    try:
+        port = next(m[1] for line in driver.stdout if (m := re.search(r"successfully on port (\d+)", line)))
+        options = dict(args=["--headless=new", "--no-sandbox", "--window-size=900,900"])
+        capabilities = {"goog:chromeOptions": options, "goog:loggingPrefs": dict(browser="ALL")}
+
+        def webdriver(path, **body):
+            answer = ask(f"http://127.0.0.1:{port}/session{path}", json.dumps(body))
+            return json.loads(answer)["value"]
+
+        session = "/" + webdriver("", capabilities=dict(alwaysMatch=capabilities))["sessionId"]
+
+        def script(text):
+            return webdriver(f"{session}/execute/sync", script=f"return {text}", args=[])
+
+        def wait_for(text):
+            while text not in script("document.getElementById('numbers').textContent"):
+                time.sleep(0.05)
+
+        webdriver(f"{session}/url", url=address)
+        picture = "document.getElementById('dream').toDataURL()"
+        wait_for("step 0")
+        before = script(picture)
+        key = dict(type="key", id="keyboard")
+        key["actions"] = [dict(type=t, value="1") for t in ("keyDown", "keyUp")]
+        webdriver(f"{session}/actions", actions=[key])
+        wait_for("step 1")
+        assert script(picture) != before
+        assert script("document.getElementById('keys').children.length") >= 1
+        assert webdriver(f"{session}/se/log", type="browser") == []
+        if target := os.environ.get("SCREENSHOT"):
+            shot = json.loads(ask(f"http://127.0.0.1:{port}/session{session}/screenshot"))["value"]
+            with open(target, "wb") as file:
+                file.write(base64.b64decode(shot))
+    finally:
+        driver.terminate()
