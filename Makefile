@@ -35,7 +35,7 @@ DEMO_1 = --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.9
 DEMO_2 = --grad-steps 2000 --lr 1e-3 --multiplier 0.5 --warmup-steps 100 --standardize --eval-every 500
 DEMO_3 = --labels 16 256 --decoder-seeds 3 --episodes 32
 demo: .venv/installed
-	@echo "The demo takes about 17 minutes on 2 CPU cores, 4 GB of memory and 0.2 GB of disk."
+	@echo "The demo takes about 20 minutes on 2 CPU cores, 4 GB of memory and 0.2 GB of disk."
 	$(PY) collect_data.py $(call DEMO,runs) --solver --plain --frame-size 32 --train-frames 262_144 --test-frames 16_384 --random-frames 16_384 --overwrite
 	$(PY) train_latent_dynamics.py $(call DEMO,runs) $(DEMO_1) --grad-steps 3000 --eval-every 500
 	$(PY) train_latent_bc.py $(call DEMO,runs) $(DEMO_2)
@@ -45,7 +45,7 @@ demo: .venv/installed
 	$(PY) train_latent_bc.py $(call DEMO,untrained) $(DEMO_2)
 	$(PY) decode_offline.py $(call DEMO,untrained) $(DEMO_3)
 	$(PY) -m baselines.label_efficiency $(call DEMO,runs) $(DEMO_3) --methods bc --untrained-dir demo/untrained --labelled-steps 300 --clone-lr 1e-3
-	$(PY) decode_online_ppo.py $(call DEMO,runs) --env-steps 196_608 --log-every-steps 16_384
+	$(PY) decode_online_ppo.py $(call DEMO,runs) --env-steps 131_072 --hidden-lr-ramp 50_000 80_000 0.1 --log-every-steps 16_384
 	$(PY) visualize_latents.py $(call DEMO,runs) --supervised-steps 500
 
 # Folders as results/plot_figures.py reads them: runs/<variant>/seed_<n>/<game>
