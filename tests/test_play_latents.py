@@ -92,7 +92,9 @@ def test_in_a_browser(address, tmp_path):
     """A key changes the picture, and the console stays silent."""
     driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
     try:
-        port = next(m[1] for line in driver.stdout if (m := re.search(r"successfully on port (\d+)", line)))
+        port = next(
+            m[1] for line in driver.stdout if (m := re.search(r"successfully on port (\d+)", line))
+        )
         options = dict(args=["--headless=new", "--no-sandbox", "--window-size=900,900"])
         capabilities = {"goog:chromeOptions": options, "goog:loggingPrefs": dict(browser="ALL")}
 
