@@ -74,11 +74,12 @@ paper: .venv/installed
 # Laptop scale: plain pictures at 32x32, all levels, half-width networks, recordings of a solver.
 SMALL = --game $(GAME) --seed $(SEED) --device cpu --data-dir laptop/data --runs-dir laptop/runs/$(1)/seed_$(SEED)
 SMALL_1 = --multiplier 0.5 --fdm-width 8 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --eval-every 500
+SMALL_STEPS = --grad-steps $(if $(filter heist,$(GAME)),6000,2000)
 SMALL_2 = --multiplier 0.5 --grad-steps 3000 --lr 1e-3 --warmup-steps 100 --standardize --eval-every 1000
 SMALL_3 = --labels 16 64 256 1024 --decoder-seeds 3
 laptop: .venv/installed
 	$(PY) collect_data.py --game $(GAME) --data-dir laptop/data --device cpu --solver --plain --frame-size 32 --train-frames 262_144 --test-frames 16_384 --random-frames 65_536 --resume
-	$(PY) train_latent_dynamics.py $(call SMALL,lapo) $(SMALL_1) --grad-steps 2000 --resume
+	$(PY) train_latent_dynamics.py $(call SMALL,lapo) $(SMALL_1) $(SMALL_STEPS) --resume
 	$(PY) train_latent_bc.py $(call SMALL,lapo) $(SMALL_2) --resume
 	$(PY) decode_offline.py $(call SMALL,lapo) $(SMALL_3)
 	$(PY) train_latent_dynamics.py $(call SMALL,untrained) $(SMALL_1) --grad-steps 0
@@ -91,7 +92,7 @@ laptop: .venv/installed
 
 laptop-ablations: .venv/installed
 	$(PY) decode_online_ppo.py $(call SMALL,lapo) --method rl --env-steps 524_288 --log-every-steps 32_768 --resume
-	$(PY) train_latent_dynamics.py $(call SMALL,no_vq) $(SMALL_1) --grad-steps 2000 --no-vq --resume
+	$(PY) train_latent_dynamics.py $(call SMALL,no_vq) $(SMALL_1) $(SMALL_STEPS) --no-vq --resume
 	$(PY) train_latent_bc.py $(call SMALL,no_vq) $(SMALL_2) --resume
 	$(PY) decode_online_ppo.py $(call SMALL,no_vq) --method rl --env-steps 524_288 --log-every-steps 32_768 --resume
 	$(PY) visualize_latents.py $(call SMALL,no_vq) --supervised-steps 0

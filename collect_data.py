@@ -281,6 +281,13 @@ def train_expert(args, settings, device, path):
 # --- recording ------------------------------------------------------------------------------------
 
 
+def make_games(args, settings, purpose):
+    """The solver reads 64x64 pictures; frames are shrunk as they are recorded."""
+    size = 64 if args.solver else args.frame_size
+    seed = common.derive_seed(args.seed, purpose)
+    return common.ProcgenEnvs(settings | dict(frame_size=size), args.num_envs, seed)
+
+
 @torch.no_grad()
 def record(args, settings, act, num_frames, folder):
     """Records shards of num_envs streams x rollout_steps frames, one stream after the other.
@@ -296,8 +303,7 @@ def record(args, settings, act, num_frames, folder):
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     part.mkdir()
-    seen = settings | dict(frame_size=64) if args.solver else settings
-    envs = common.ProcgenEnvs(seen, args.num_envs, common.derive_seed(args.seed, folder.name))
+    envs = make_games(args, settings, folder.name)
     b, s, steps = args.num_envs, args.frame_size, -(-num_frames // args.num_envs)
     bar, pending = common.progress_bar(steps * b, "frame", folder.name), []
     with ThreadPoolExecutor(max(1, common.NUM_CORES // 2)) as pool:  # zlib releases the GIL
@@ -337,7 +343,7 @@ def splits_to_record(args, settings):
     for split, num_frames in sizes.items() if args.train_frames else ():
         level = args.start_level + (0 if split == "train" else args.num_levels)
         recorded = settings | dict(start_level=level, split=split, seed=args.seed)
-        recorded["temperature"] = args.temperature
+        recorded |= dict(temperature=args.temperature, solver=args.solver)
         folder = args.data_dir / args.game / split
         if folder.exists() and not args.overwrite:
             found = common.read_frames(common.list_shards(folder, args.game)[0], args.game)[2]
@@ -362,8 +368,7 @@ def evaluate_and_record(args, settings, splits, act):
     players = dict(expert=act) | (dict(random=act_at_random) if args.num_levels else {})
     means = dict(random_return=common.GAMES[args.game][0])  # the paper's, on all levels
     for name, player in players.items():
-        seen = settings | dict(frame_size=64) if args.solver else settings
-        envs = common.ProcgenEnvs(seen, args.num_envs, common.derive_seed(args.seed, name))
+        envs = make_games(args, settings, name)
         means[f"{name}_return"] = common.evaluate(envs, player, 4).mean().item()
     print(
         f"mean return of {4 * args.num_envs} episodes: expert {means['expert_return']:.2f}, random "

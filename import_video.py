@@ -1,14 +1,14 @@
 """Your own video: frames for stages 1 and 2 from any video file, without actions.
 
-Every `stride`-th picture is resized to a square, whatever its shape; where the picture jumps, an episode starts, so that
-no window crosses a cut. Frames and rewards of the official code's recordings (.npz with obs, ta,
-done, rewards) are converted as they are, with their labels. All frames are held in memory.
+Every `stride`-th picture is resized to a square, whatever its shape; where the picture jumps, an
+episode starts, so that no window crosses a cut. Recordings of the official code (.npz with obs, ta,
+done, rewards) are converted with their labels. All frames are held in memory.
 
 reads   video files in any format that FFmpeg knows, or the official .npz recordings
 writes  data/<name>/{train,test}/frames_NNN.npz, from .npz also labels_NNN.npz
 
-a video         python import_video.py clip.mp4 another.mp4 --name mygame
-then            python train_latent_dynamics.py --game mygame, train_latent_bc.py, visualize_latents.py
+python import_video.py clip.mp4 another.mp4 --name mygame
+python train_latent_dynamics.py --game mygame    # then train_latent_bc.py, visualize_latents.py
 """
 
 import shutil

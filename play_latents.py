@@ -1,8 +1,8 @@
 """Play a latent world: keys choose latent actions, the FDM draws what follows, in a browser.
 
 Keys 1 to 9 are the middles of the largest k-means clusters of held-out latents. Beside the FDM's
-open-loop rollout, the real game takes the true action that a cluster mostly stands for, where labels
-and the game are there, so that one sees the two part. Nothing leaves this machine.
+open-loop rollout the real game takes the true action that is the most frequent in the cluster, if
+there are labels and the game is one of Procgen's. The page uses no other machine.
 
 reads   runs/<game>/latent_dynamics.pt, test/latents_NNN.npz, data/<game>/test/frames_NNN.npz and,
         if there, labels_NNN.npz
@@ -35,7 +35,7 @@ PAGE = """<!DOCTYPE html>
   button canvas { width: 64px; height: 64px; margin: 3px; } .on { outline: 3px solid #d33; }
 </style>
 <figure><canvas class="big" id="dream"></canvas><figcaption>the FDM, open loop</figcaption></figure>
-<figure><canvas class="big" id="real"></canvas><figcaption id="caption">the real game</figcaption></figure>
+<figure><canvas class="big" id="real"></canvas><figcaption>the real game</figcaption></figure>
 <p id="numbers"></p><div id="keys"></div>
 <p>1 to 9: a latent action (o<sub>t</sub> and o<sub>t+1</sub> of a frame that had it);
 space: repeat; R: start from another frame.</p>
@@ -82,7 +82,8 @@ document.addEventListener("keydown", event => {
 fetch("/keys").then(answer => answer.json()).then(keys => {
   for (const [i, key] of keys.entries()) {
     const button = document.createElement("button");
-    for (const rgb of key.frames) draw(button.appendChild(document.createElement("canvas")), rgb, key.size);
+    for (const rgb of key.frames)
+      draw(button.appendChild(document.createElement("canvas")), rgb, key.size);
     button.append(document.createElement("br"), `${i + 1}: ${key.text}`);
     button.onclick = () => press(i + 1);
     get("keys").append(button);

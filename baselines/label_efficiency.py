@@ -10,9 +10,9 @@ the defaults, each with a sixth of stage 2's updates, on minibatches that they s
 held-out rows, games and numbers of episodes are those of decode_offline.py.
 
 reads   data/<game>/{train,test}/frames_NNN.npz, labels_NNN.npz, runs/<game>/latent_policy.pt,
-        {train,test}/latents_NNN.npz and, if there, decode_offline.npz
-writes  runs/<game>/decode_offline.npz (adds returns_<method>, policy_accuracy_<method> and, for vpt
-        and lapo_plus, accuracy_<method>: of what labels the frames) and decode_offline.png
+        {train,test}/latents_NNN.npz and, if there, decode_offline.npz, also of --untrained-dir
+writes  runs/<game>/decode_offline.npz (adds returns_<method>, policy_accuracy_<method>, for vpt and
+        lapo_plus accuracy_<method>: of what labels the frames, and returns_untrained), and .png
 
 paper scale   python -m baselines.label_efficiency --game bigfish --methods bc vpt lapo_plus
 on a CPU      python -m baselines.label_efficiency --game miner --methods bc --labels 16 64 256 1024

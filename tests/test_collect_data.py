@@ -252,6 +252,9 @@ def test_frames_that_are_there_are_not_replaced_unless_asked(recorded, tmp_path)
     assert "with another seed" in fails(
         collect_data.main, collect_data.Args(**TINY | where, resume=True, seed=2)
     )
+    assert "with another solver" in fails(
+        collect_data.main, collect_data.Args(**TINY | where, resume=True, solver=True)
+    )
     assert before == {path: path.read_bytes() for path in (root / "data").rglob("*.npz")}
     elsewhere = TINY | where | dict(data_dir=tmp_path / "data")
     part = tmp_path / "data/bigfish/train.part"

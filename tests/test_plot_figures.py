@@ -78,7 +78,7 @@ def test_paper_scale_is_normalized_by_the_papers_returns(tmp_path):
     assert np.nanmax(read(tmp_path).curves["lapo_rl_sl"]["miner"][1][1]) == 1
 
 
-def test_offline_curves_and_controls(tmp_path):
+def test_offline_curves_and_controls(tmp_path, capsys):
     labels, returns = [16, 300], [[1, 3], [5, 7]]  # [L, decoders]
     arrays = dict(labels=labels, returns=returns, returns_bc_all=[2.0, 4.0], blind_return=1.5)
     save(tmp_path, "lapo/decode_offline.npz", **arrays)
@@ -89,6 +89,14 @@ def test_offline_curves_and_controls(tmp_path):
         np.testing.assert_allclose(results.curves[name]["miner"][1][0], y)
     x, mean, std = results.point("offline", ["miner"])
     assert x == 300 and mean.tolist() == [6, 0.5] and np.isnan(std).all()
+    figures.print_tables(results)
+    printed = capsys.readouterr().out.splitlines()
+    rows = {row[0]: row[-1] for row in (line.split(" | ") for line in printed) if len(row) == 5}
+    assert rows["offline > the same, untrained IDM"] == rows["offline > blind policy"] == "yes"
+    save(tmp_path, "untrained/decode_offline.npz", labels=labels, returns=[[0], [9]])
+    figures.print_tables(read(tmp_path))
+    printed = capsys.readouterr().out.splitlines()
+    assert next(x for x in printed if x.startswith("offline > the same")).endswith("| no")
 
 
 def test_scratch_has_the_scale_of_the_games_other_files(tmp_path):

@@ -96,3 +96,14 @@ def test_a_finished_run_is_not_trained_again_and_another_seed_is_refused(chain, 
     args = stage2.Args(**folders(root), **STAGE_2, resume=True, seed=2)
     assert "--seed is 2" in fails(stage2.main, args)
     assert path.read_bytes() == before
+
+
+def test_a_finished_stage_1_that_stops_while_it_labels_again_keeps_its_latents(
+    chain, tmp_path, monkeypatch
+):
+    root = shutil.copytree(chain, tmp_path / "chain")
+    before = {path: path.read_bytes() for path in root.glob("runs/maze/*/latents_*.npz")}
+    monkeypatch.setattr(common, "save_npz", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        stage1.main(stage1.Args(**folders(root), **STAGE_1, resume=True))
+    assert len(before) == 4 and all(path.read_bytes() == x for path, x in before.items())
