@@ -74,8 +74,8 @@ paper: .venv/installed
 # Laptop scale: plain pictures at 32x32, all levels, half-width networks, recordings of a solver.
 SMALL = --game $(GAME) --seed $(SEED) --device cpu --data-dir laptop/data --runs-dir laptop/runs/$(1)/seed_$(SEED)
 SMALL_1 = --multiplier 0.5 --fdm-width 8 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --eval-every 500
-SMALL_STEPS = --grad-steps $(if $(filter heist,$(GAME)),6000,2000)
-SMALL_2 = --multiplier 0.5 --grad-steps 3000 --lr 1e-3 --warmup-steps 100 --standardize --eval-every 1000
+SMALL_STEPS = --grad-steps $(if $(filter heist,$(GAME)),6000,3000)
+SMALL_2 = --multiplier 1 --grad-steps 5000 --lr 1e-3 --warmup-steps 100 --standardize --eval-every 1000
 SMALL_3 = --labels 16 64 256 1024 --decoder-seeds 3
 laptop: .venv/installed
 	$(PY) collect_data.py --game $(GAME) --data-dir laptop/data --device cpu --solver --plain --frame-size 32 --train-frames 262_144 --test-frames 16_384 --random-frames 65_536 --resume
@@ -85,12 +85,13 @@ laptop: .venv/installed
 	$(PY) train_latent_dynamics.py $(call SMALL,untrained) $(SMALL_1) --grad-steps 0
 	$(PY) train_latent_bc.py $(call SMALL,untrained) $(SMALL_2) --resume
 	$(PY) decode_offline.py $(call SMALL,untrained) $(SMALL_3)
-	$(PY) -m baselines.label_efficiency $(call SMALL,lapo) $(SMALL_3) --methods bc bc_all --untrained-dir laptop/runs/untrained/seed_$(SEED) --labelled-steps 300 --clone-steps 3000 --clone-lr 1e-3
+	$(PY) -m baselines.label_efficiency $(call SMALL,lapo) $(SMALL_3) --methods bc --untrained-dir laptop/runs/untrained/seed_$(SEED) --labelled-steps 300 --clone-lr 1e-3
 	$(PY) decode_online_ppo.py $(call SMALL,lapo) --method rl_sl --env-steps 524_288 --log-every-steps 32_768 --resume
 	$(PY) visualize_latents.py $(call SMALL,lapo) --supervised-steps 500
 	$(PY) collect_data.py $(call SMALL,scratch) --train-frames 0 --plain --frame-size 32 --expert-steps 524_288 --expert-multiplier 0.5 --experts-dir laptop/runs/scratch/seed_$(SEED) --minibatches 16 --resume
 
 laptop-ablations: .venv/installed
+	$(PY) -m baselines.label_efficiency $(call SMALL,lapo) $(SMALL_3) --methods bc_all --clone-steps 5000 --clone-lr 1e-3
 	$(PY) decode_online_ppo.py $(call SMALL,lapo) --method rl --env-steps 524_288 --log-every-steps 32_768 --resume
 	$(PY) train_latent_dynamics.py $(call SMALL,no_vq) $(SMALL_1) $(SMALL_STEPS) --no-vq --resume
 	$(PY) train_latent_bc.py $(call SMALL,no_vq) $(SMALL_2) --resume

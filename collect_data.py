@@ -30,28 +30,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-try:
-    import fcntl
-except ImportError:  # Windows has no file locks of this kind
-    fcntl = None
-
 
 @dataclass
-class Args:
-    game: str = "bigfish"
-    """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
-    seed: int = 1
-    """Seeds networks, samples and the games themselves."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    data_dir: Path = Path("data")
-    """Frames and labels are in <data-dir>/<game>."""
-    runs_dir: Path = Path("runs")
-    """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
+class Args(common.RunArgs):
     resume: bool = False
     """Continue the run that was stopped, or start one if there is none."""
-    compile: bool = False
-    """Compile the loss with torch.compile."""
     overwrite: bool = False
     """Replace frames that are there."""
     experts_dir: Path = Path("experts")
@@ -65,10 +48,8 @@ class Args:
     """Frames of uniformly random play, on the same levels as the test frames."""
     frame_size: Literal[64, 32, 16] = 64
     """Side of the frames in pixels; below 64 (the paper's), means of blocks."""
-    start_level: int = 0
-    """First level of the game."""
     num_levels: int = 0
-    """Number of levels; 0: all (the paper's)."""
+    """Number of levels of the training frames, from 0 on; 0: all (the paper's)."""
     plain: bool = False
     """No backgrounds, one theme, monochrome assets: the same games and rules, in plain pictures in
     which actions are a larger part of what changes. For laptops, not in the paper."""
@@ -110,13 +91,6 @@ class Args:
 # Copies of train_latent_dynamics.py; tests/test_copies.py keeps them equal.
 
 
-def to_input(frames):
-    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], channels last in memory."""
-    b, t, s, _, c = frames.shape
-    x = frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2)
-    return x.float() / 255 - 0.5
-
-
 class ResidualBlock(nn.Module):
     def __init__(self, channels, hidden):
         super().__init__()
@@ -127,24 +101,17 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, S, S)
 
 
-class ImpalaCNN(nn.Module):
-    """IMPALA's convolutions (Espeholt et al. 2018): 3 times conv, max pool, 2 residual blocks."""
+class ImpalaCNN(nn.Sequential):
+    """IMPALA's CNN (Espeholt et al. 2018): (B, C, S, S) -> (B, 32 * multiplier * (S / 8)^2)"""
 
     def __init__(self, in_channels, frame_size, multiplier):
-        super().__init__()
         layers = []
         for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
-            layers += [
-                nn.Conv2d(in_channels, channels, 3, padding=1),
-                nn.MaxPool2d(3, 2, padding=1),
-            ]
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
             layers += [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
             in_channels = channels
-        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+        super().__init__(*layers, nn.ReLU(), nn.Flatten())
         self.num_features = channels * (frame_size // 8) ** 2
-
-    def forward(self, x):
-        return self.layers(x)  # (B, C, S, S) -> (B, 32 * multiplier * (S / 8)^2)
 
 
 class ExpertPolicy(nn.Module):
@@ -163,7 +130,7 @@ class ExpertPolicy(nn.Module):
 
     def forward(self, obs):
         """uint8 (B, S, S, 3) -> logits (B, 15), value (B,)"""
-        h = F.relu(self.hidden(self.cnn(to_input(obs[:, None]))))  # (B, 256)
+        h = F.relu(self.hidden(self.cnn(common.to_input(obs[:, None]))))  # (B, 256)
         return self.actor(h), self.critic(h)[:, 0]
 
 
@@ -219,7 +186,6 @@ def train_expert(args, settings, device, path):
     envs = common.ProcgenEnvs(settings, args.num_envs, seed)
     generator = torch.Generator(device).manual_seed(seed)
     normalize_rewards = common.RewardNormalizer(args.num_envs, args.gamma)
-    loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
     t, b, s = args.rollout_steps, args.num_envs, args.frame_size
     obs = torch.zeros(t, b, s, s, 3, dtype=torch.uint8, device=device)
@@ -230,7 +196,7 @@ def train_expert(args, settings, device, path):
     run = args.runs_dir / args.game
     updates, state = max(1, args.expert_steps // (t * b)), run / "expert_state.pt"
     parts = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator)
-    parts["normalize_rewards"] = normalize_rewards
+    parts |= dict(normalize_rewards=normalize_rewards)
     start, _ = common.load_state(state, args, parts)
     log = common.MetricsLog(run / "expert.csv", updates * t * b, "step", start)
     for update in range(start // (t * b) + 1, updates + 1):
@@ -252,9 +218,7 @@ def train_expert(args, settings, device, path):
             permutation = torch.randperm(t * b, generator=generator, device=device)
             for rows in permutation.chunk(args.minibatches):
                 coefs = (args.clip, args.value_coef, args.entropy_coef)
-                loss, metrics = loss_function(
-                    *policy(flat_obs[rows]), *(x[rows] for x in flat), *coefs
-                )
+                loss, metrics = ppo_loss(*policy(flat_obs[rows]), *(x[rows] for x in flat), *coefs)
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
@@ -294,15 +258,11 @@ def record(args, settings, act, num_frames, folder):
 
     act: obs uint8 [B, S, S, 3] -> actions int [B]. The folder appears when it is complete.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # released when the process ends
-    try:
-        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        common.fail(f"another run is recording {folder}")
     part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    part.mkdir()
+    if part.exists() and not (args.overwrite or args.resume):
+        common.fail(f"{part} is there: another run records it, or was killed (then --resume)")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     envs = make_games(args, settings, folder.name)
     b, s, steps = args.num_envs, args.frame_size, -(-num_frames // args.num_envs)
     bar, pending = common.progress_bar(steps * b, "frame", folder.name), []
@@ -332,8 +292,7 @@ def record(args, settings, act, num_frames, folder):
     bar.close()
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{folder.name}: {steps * b:,} frames in {folder}, {size / 1e6:,.0f} MB")
+    print(f"{folder.name}: {steps * b:,} frames in {folder}")
 
 
 def splits_to_record(args, settings):
@@ -341,12 +300,12 @@ def splits_to_record(args, settings):
     sizes = dict(train=args.train_frames, test=args.test_frames, random=args.random_frames)
     splits = {}
     for split, num_frames in sizes.items() if args.train_frames else ():
-        level = args.start_level + (0 if split == "train" else args.num_levels)
+        level = 0 if split == "train" else args.num_levels  # others than those of the training
         recorded = settings | dict(start_level=level, split=split, seed=args.seed)
         recorded |= dict(temperature=args.temperature, solver=args.solver)
         folder = args.data_dir / args.game / split
         if folder.exists() and not args.overwrite:
-            found = common.read_frames(common.list_shards(folder, args.game)[0], args.game)[2]
+            found = common.read_frames(common.list_shards(folder)[0], args.game)[2]
             differs = [name for name in recorded if found.get(name) != recorded[name]]
             if differs or not args.resume:
                 why = f"with another {differs[0]}" if differs else "already"
@@ -371,9 +330,8 @@ def evaluate_and_record(args, settings, splits, act):
         envs = make_games(args, settings, name)
         means[f"{name}_return"] = common.evaluate(envs, player, 4).mean().item()
     print(
-        f"mean return of {4 * args.num_envs} episodes: expert {means['expert_return']:.2f}, random "
-        f"policy {means['random_return']:.2f} (the paper's expert, on all levels: "
-        f"{common.GAMES[args.game][1]:.2f})"
+        f"mean return: expert {means['expert_return']:.2f}, random policy "
+        f"{means['random_return']:.2f} (the paper's expert: {common.GAMES[args.game][1]:.2f})"
     )
     raw, free = 3 * args.frame_size**2 / 1e9, shutil.disk_usage(".").free / 1e9
     for split, (num_frames, recorded) in splits.items():
@@ -388,8 +346,8 @@ def main(args):
     path = args.experts_dir / f"{args.game}.pt"
     if args.num_envs * args.rollout_steps // args.minibatches < 2:
         common.fail(f"--minibatches {args.minibatches} leaves less than 2 steps in each")
-    names = ("game", "frame_size", "start_level", "num_levels", "plain")
-    settings = {name: getattr(args, name) for name in names}
+    names = ("game", "frame_size", "num_levels", "plain")
+    settings = {name: getattr(args, name) for name in names} | dict(start_level=0)
     splits = splits_to_record(args, settings)
     if args.train_frames and not splits:
         return
@@ -402,14 +360,13 @@ def main(args):
     if not path.exists():
         print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps on {device}, to {path}")
         train_expert(args, settings, device, path)
-    made_by = f"python collect_data.py --game {args.game} with another --experts-dir"
-    expert = common.load_checkpoint(path, "expert", args.game, made_by)
+    expert = common.load_checkpoint(path, "expert", args.game)
     for name, value in settings.items():
         if expert["settings"][name] != value:
             flag = name.replace("_", "-")
             common.fail(f"{path} was trained with --{flag} {expert['settings'][name]}, not {value}")
     policy = ExpertPolicy(args.frame_size, expert["multiplier"])
-    common.load_weights(policy, expert["policy"], path)
+    policy.load_state_dict(expert["policy"])
     policy.to(device, memory_format=torch.channels_last).eval()
 
     generator = torch.Generator(device).manual_seed(common.derive_seed(args.seed, "act"))

@@ -1,11 +1,10 @@
 """Helpers that have one correct answer and teach nothing about LAPO.
 
-In this order: Procgen's facts, errors and seeds, games, files, windows of frames, resuming and
-metrics.
+In this order: Procgen's facts; flags, errors and seeds; games; files; windows of frames; resuming
+and metrics.
 """
 
 import contextlib
-import csv
 import ctypes
 import functools
 import gc
@@ -18,6 +17,7 @@ import signal
 import sys
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 # Before torch loads OpenMP: its idle threads sleep in place of spinning, so that two runs, or a run
@@ -60,7 +60,7 @@ def distinct_actions(game):
     distinct = np.arange(NUM_ACTIONS)
     for group in GAMES[game][2].split(",") if game in GAMES else ():
         members = [ACTIONS.index(name) for name in group.split()]
-        distinct[members] = members[:1]
+        distinct[members] = members[0]
     return distinct
 
 
@@ -69,15 +69,26 @@ def normalize_return(value, random_return, expert_return):
     return (value - random_return) / ((expert_return - random_return) or math.nan)
 
 
-# cores that this process may use, which under Slurm are fewer than the machine has
-NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-_bars = []  # progress bars, to be closed before an error is printed
+@dataclass
+class RunArgs:
+    """The flags that all scripts share."""
+
+    game: str = "bigfish"
+    """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
+    seed: int = 1
+    """Seeds networks, samples and the games themselves."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    data_dir: Path = Path("data")
+    """Frames and labels are in <data-dir>/<game>."""
+    runs_dir: Path = Path("runs")
+    """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
 
 
 def fail(message):
     """Ends the run with one line on stderr and exit status 1."""
-    while _bars:
-        _bars.pop().close()
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
     raise SystemExit(f"error: {message}")
 
 
@@ -99,10 +110,8 @@ def derive_seed(seed, purpose):
     return zlib.crc32(f"{seed}/{purpose}".encode()) >> 1
 
 
-def check_finite(step, path, *modules):
-    """Ends the run if a weight is not finite, before `path` is overwritten."""
-    if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
-        fail(f"the loss is not finite at step {step}; {path} stays as it was; try a lower --lr")
+# cores that this process may use, which under Slurm are fewer than the machine has
+NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def shrink(frames, size):
@@ -154,9 +163,8 @@ class ProcgenEnvs:
         self.games.act(np.asarray(actions, np.int32))
         reward, done = self._observe()
         self._returns += reward
-        for env in np.flatnonzero(done):
-            self.finished.append((int(env), float(self._returns[env])))
-            self._returns[env] = 0
+        self.finished += [(int(env), float(self._returns[env])) for env in np.flatnonzero(done)]
+        self._returns[done] = 0
         return self.obs, reward, done
 
     def state_dict(self):
@@ -230,18 +238,27 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
+WRITTEN_BY = dict(  # files' names start so
+    frames="collect_data.py", labels="collect_data.py", latents="train_latent_dynamics.py",
+    latent_dynamics="train_latent_dynamics.py", latent_policy="train_latent_bc.py",
+    decode_offline="decode_offline.py", decode_online="decode_online_ppo.py",
+)  # fmt: skip
+
+
 @contextlib.contextmanager
-def reading(path, made_by):
-    """Ends the run with one line if `path` is missing or damaged; made_by: a command."""
+def reading(path):
+    """Ends the run with one line if `path` is missing or damaged."""
+    scripts = [script for name, script in WRITTEN_BY.items() if Path(path).name.startswith(name)]
+    remedy = f"run: python {scripts[0]}" if scripts else "make it again"
     try:
         yield
     except FileNotFoundError:
-        fail(f"{path} is missing; make it with: {made_by}")
+        fail(f"{path} is missing; {remedy}")
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # zipfile, zlib, pickle, KeyError, EOFError, ValueError and others
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"{path} is damaged ({reason}); make it again with: {made_by}")
+        fail(f"{path} is damaged ({reason}); {remedy}")
 
 
 def save_npz(path, settings, **arrays):
@@ -254,11 +271,11 @@ def save_npz(path, settings, **arrays):
                     np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
 
 
-def load_npz(path, keys, made_by):
-    """The arrays `keys` and the dict of settings ({} if there is none), as a dict."""
-    with reading(path, made_by), np.load(path, allow_pickle=False) as file:
+def load_npz(path, keys=None):
+    """The arrays `keys`, or all, and the dict of settings ({} if there is none), as a dict."""
+    with reading(path), np.load(path, allow_pickle=False) as file:
         settings = json.loads(str(file["settings"])) if "settings" in file.files else {}
-        return {key: file[key] for key in keys} | dict(settings=settings)
+        return {key: file[key] for key in keys or file.files} | dict(settings=settings)
 
 
 def save_checkpoint(path, **content):
@@ -267,23 +284,14 @@ def save_checkpoint(path, **content):
         torch.save(content, temporary)
 
 
-def load_checkpoint(path, kind, game, made_by):
+def load_checkpoint(path, kind, game):
     """The dict that save_checkpoint() wrote, on the CPU."""
-    with reading(path, made_by):
+    with reading(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = (content["kind"], content["game"])
     if found != (kind, game):
-        fail(f"{path} is a {found[0]} of {found[1]}, not a {kind} of {game}; run: {made_by}")
+        fail(f"{path} is a {found[0]} of {found[1]}, not a {kind} of {game}")
     return content
-
-
-def load_weights(module, weights, path):
-    """Loads a state_dict of the file `path`; ends the run if this script's class is another one."""
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        name, reason = type(module).__name__, str(error).splitlines()[-1].strip()
-        fail(f"{path} was written with another class {name} than this script's: {reason}")
 
 
 def fingerprint(*modules):
@@ -293,46 +301,49 @@ def fingerprint(*modules):
     return hashlib.sha256(blob).hexdigest()[:16]
 
 
-def list_shards(folder, game):
+def to_input(frames):
+    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], channels last in memory."""
+    b, t, s, _, c = frames.shape
+    x = frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2)
+    return x.float() / 255 - 0.5
+
+
+def list_shards(folder):
     """Sorted paths of frames_NNN.npz; a folder without any ends the run."""
     paths = sorted(Path(folder).glob("frames_*.npz"))
-    return paths or fail(f"{folder} has no frames_*.npz; run: python collect_data.py --game {game}")
+    return paths or fail(f"{folder} has no frames_*.npz; run: python collect_data.py")
 
 
 def read_frames(path, game):
     """One shard: obs uint8 [N, S, S, 3], first bool [N], settings dict."""
-    shard = load_npz(path, ("obs", "first"), f"python collect_data.py --game {game}")
-    obs, first, settings = shard["obs"], shard["first"], shard["settings"]
+    obs, first, settings = load_npz(path, ("obs", "first")).values()
     size = obs.shape[1] if obs.ndim == 4 and obs.shape[1] in (16, 32, 64) else 64
-    expected = f"uint8 {(len(first), size, size, 3)}"
-    if f"{obs.dtype} {obs.shape}" != expected or first.dtype != bool or len(first) == 0:
-        fail(
-            f"{path} has obs {obs.dtype} {obs.shape}, not {expected}, or first is not bool [N > 0]"
-        )
+    found, expected = f"{obs.dtype} {obs.shape}", f"uint8 {(len(first), size, size, 3)}"
+    if found != expected or first.dtype != bool or len(first) == 0:
+        fail(f"{path} has obs {found}, not {expected}, or first is not bool [N > 0]")
     if settings.get("game", game) != game:
         fail(f"{path} was recorded from {settings['game']}, not from {game}")
     return obs, first, settings | dict(game=game, frame_size=size)
 
 
-def read_latents(frames_path, latents_dir, game, dynamics):
+def read_latents(frames_path, latents_dir, dynamics):
     """z float16 [N, Z] before quantization and valid bool [N] of one shard of frames.
 
     dynamics: the fingerprint of the stage 1 run that they must come from.
     """
-    path = Path(latents_dir) / frames_path.name.replace("frames", "latents")
-    made_by = f"python train_latent_dynamics.py --game {game}"
-    shard = load_npz(path, ("z", "valid"), made_by)
-    if shard["settings"].get("dynamics") != dynamics:
-        fail(f"{path} comes from another run of stage 1 than the checkpoint; run: {made_by}")
-    return shard["z"], shard["valid"]
+    path = latents_dir / frames_path.name.replace("frames", "latents")
+    z, valid, settings = load_npz(path, ("z", "valid")).values()
+    if settings.get("dynamics") != dynamics:
+        fail(
+            f"{path} is of another run of stage 1 than the checkpoint; run: train_latent_dynamics.py"
+        )
+    return z, valid
 
 
-def read_actions(frames_path, game):
+def read_actions(frames_path):
     """The true actions uint8 [N] of one shard of frames."""
     path = frames_path.with_name(frames_path.name.replace("frames", "labels"))
-    made_by = f"python collect_data.py --game {game}"
-    action = load_npz(path, ["action"], made_by)["action"]
-    first = load_npz(frames_path, ["first"], made_by)["first"]
+    action, first = load_npz(path, ["action"])["action"], load_npz(frames_path, ["first"])["first"]
     if action.shape != first.shape or action.max() >= NUM_ACTIONS:
         fail(f"{path} has actions {action.shape} up to {action.max()}, for {len(first)} frames")
     return action
@@ -352,8 +363,8 @@ def read_shard(path, game, context, latents_dir=None, dynamics=None):
     try:
         (obs, first, settings), z = read_frames(path, game), None
         valid = valid_windows(first, context)
-        if latents_dir:
-            z, labelled = read_latents(path, latents_dir, game, dynamics)
+        if dynamics:
+            z, labelled = read_latents(path, latents_dir, dynamics)
             if not np.array_equal(valid, labelled):
                 fail(f"{latents_dir} was made from other frames than {path}")
         return path, obs, valid, z, settings
@@ -370,9 +381,8 @@ def die_with_parent(_):
 def read_ahead(paths, sampler=None, **arguments):
     """Yields read_shard(path, **arguments); worker processes read the next ones meanwhile."""
     gc.collect()  # games that are garbage: their destructors hang in a forked worker
-    read = functools.partial(read_shard, **arguments)
-    options = dict(num_workers=min(4, NUM_CORES, len(paths)), collate_fn=read)
-    options["worker_init_fn"] = die_with_parent
+    options = dict(num_workers=min(4, NUM_CORES, len(paths)), worker_init_fn=die_with_parent)
+    options["collate_fn"] = functools.partial(read_shard, **arguments)
     for shard in torch.utils.data.DataLoader(paths, None, sampler=sampler, **options):
         if isinstance(shard, SystemExit):
             fail(str(shard).removeprefix("error: "))
@@ -386,20 +396,22 @@ class FrameStore:
     shard is evicted for the next one after as many draws as it has windows.
     """
 
-    def __init__(self, folder, game, context, pool_frames, seed, device, **latents):
-        """latents: the latents_dir and dynamics of read_latents(), for z_at()."""
-        self.folder, self.game, self.context, self.device = folder, game, context, device
-        paths = list_shards(folder, game)
-        rows = [len(load_npz(path, ["first"], "collect_data.py")["first"]) for path in paths]
+    def __init__(self, args, split, context, device, dynamics=None, pool_frames=65_536):
+        """dynamics: the fingerprint of the stage 1 run whose latents z_at() returns."""
+        self.folder, self.game = args.data_dir / args.game / split, args.game
+        self.context, self.device = context, device
+        paths = list_shards(self.folder)
+        rows = [len(load_npz(path, ["first"])["first"]) for path in paths]
         self.num_frames, self.slot_rows = sum(rows), max(rows)
         num_slots = min(len(paths), max(1, pool_frames // self.slot_rows))
         self.streams = num_slots < len(paths)
-        self.generator = torch.Generator().manual_seed(derive_seed(seed, folder.name))
+        self.generator = torch.Generator().manual_seed(derive_seed(args.seed, split))
         order = None  # in memory once, or shuffled passes without end
         if self.streams:
-            shuffle = torch.Generator().manual_seed(derive_seed(seed, "order of shards"))
+            shuffle = torch.Generator().manual_seed(derive_seed(args.seed, "order of shards"))
             order = torch.utils.data.RandomSampler(paths, num_samples=10**9, generator=shuffle)
-        self.shards = read_ahead(paths, order, game=game, context=context, **latents)
+        where = dict(latents_dir=args.runs_dir / args.game / split, dynamics=dynamics)
+        self.shards = read_ahead(paths, order, game=args.game, context=context, **where)
         self.paths, self.windows = [None] * num_slots, [None] * num_slots  # of the shard in a slot
         self.obs, self.z, self.oldest, self.draws = None, None, 0, 0
         for slot in range(num_slots):
@@ -408,7 +420,7 @@ class FrameStore:
             self.shards = None  # ends the workers
         self.rows = torch.cat(self.windows)
         if len(self.rows) == 0:
-            fail(f"no window of {context + 2} frames in {folder} lies within an episode")
+            fail(f"no window of {context + 2} frames in {self.folder} lies within an episode")
 
     def _fill(self, slot, path, obs, valid, z, settings):
         if self.obs is None:
@@ -464,9 +476,15 @@ def true_actions_to_report_on(store, rows):
     for slot, path in enumerate(store.paths):
         if not path.with_name(path.name.replace("frames", "labels")).exists():
             return None
-        shard = read_actions(path, store.game)
+        shard = read_actions(path)
         actions[slot * store.slot_rows :][: len(shard)] = shard
     return distinct_actions(store.game)[actions[rows.numpy()]]
+
+
+def check_finite(step, path, *modules):
+    """Ends the run if a weight is not finite, before `path` is overwritten."""
+    if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
+        fail(f"the loss is not finite at step {step}; {path} stays as it was; try a lower --lr")
 
 
 def save_state(path, args, step, parts, **values):
@@ -486,7 +504,7 @@ def load_state(path, args, parts):
     """
     if not args.resume or not Path(path).exists():
         return 0, {}
-    state = load_checkpoint(path, "state", args.game, "the same command without --resume")
+    state = load_checkpoint(path, "state", args.game)
     for flag, value in vars(args).items():
         was, free = state["flags"].get(flag), ("resume", "device", "compile", "overwrite")
         if str(value) != was and flag not in free and not flag.endswith("_dir"):
@@ -502,10 +520,8 @@ def load_state(path, args, parts):
 
 def progress_bar(total, unit, description=None, initial=0):
     """tqdm's bar; in a log file it prints every 20 seconds."""
-    pace = 0.5 if sys.stderr.isatty() else 20
-    options = dict(initial=initial, dynamic_ncols=True, mininterval=pace)
-    _bars.append(tqdm(total=total, unit=unit, desc=description, **options))
-    return _bars[-1]
+    options = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)
+    return tqdm(total=total, unit=unit, desc=description, initial=initial, **options)
 
 
 class MetricsLog:
@@ -515,19 +531,16 @@ class MetricsLog:
     """
 
     def __init__(self, path, total, unit, start=0):
-        self.path = Path(path)
+        self.path, self.bar = Path(path), progress_bar(total, unit, initial=start)
         rows = self.path.read_text().splitlines() if start and self.path.exists() else []
         kept = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= start]
         with atomic_write(path) as temporary:
             temporary.write_text("".join(f"{row}\n" for row in kept))
-        self.bar = progress_bar(total, unit, initial=start)
 
     def write(self, **row):
         row = {key: x.item() if isinstance(x, torch.Tensor) else x for key, x in row.items()}
-        with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        with open(self.path, "a") as file:
+            header = [",".join(row)] if file.tell() == 0 else []
+            print(*header, ",".join(map(str, row.values())), sep="\n", file=file)
         shown = {key: f"{x:.4g}" if isinstance(x, float) else x for key, x in row.items()}
         self.bar.write("  ".join(f"{key} {x}" for key, x in shown.items()))

@@ -13,7 +13,6 @@ on a CPU      python decode_offline.py --game miner --labels 16 64 256 1024 --de
 """
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import common  # before torch
 import matplotlib
@@ -28,18 +27,7 @@ import matplotlib.pyplot as plt
 
 
 @dataclass
-class Args:
-    game: str = "bigfish"
-    """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
-    seed: int = 1
-    """Seeds networks, samples and the games themselves."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    data_dir: Path = Path("data")
-    """Frames and labels are in <data-dir>/<game>."""
-    runs_dir: Path = Path("runs")
-    """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
-
+class Args(common.RunArgs):
     labels: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     """Numbers of labelled frames, N (Figure 4)."""
     decoder_seeds: int = 5
@@ -62,13 +50,6 @@ class Args:
 # Copies of train_latent_dynamics.py and train_latent_bc.py; tests/test_copies.py keeps them equal.
 
 
-def to_input(frames):
-    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], channels last in memory."""
-    b, t, s, _, c = frames.shape
-    x = frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2)
-    return x.float() / 255 - 0.5
-
-
 class ResidualBlock(nn.Module):
     def __init__(self, channels, hidden):
         super().__init__()
@@ -79,24 +60,17 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, S, S)
 
 
-class ImpalaCNN(nn.Module):
-    """IMPALA's convolutions (Espeholt et al. 2018): 3 times conv, max pool, 2 residual blocks."""
+class ImpalaCNN(nn.Sequential):
+    """IMPALA's CNN (Espeholt et al. 2018): (B, C, S, S) -> (B, 32 * multiplier * (S / 8)^2)"""
 
     def __init__(self, in_channels, frame_size, multiplier):
-        super().__init__()
         layers = []
         for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
-            layers += [
-                nn.Conv2d(in_channels, channels, 3, padding=1),
-                nn.MaxPool2d(3, 2, padding=1),
-            ]
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
             layers += [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
             in_channels = channels
-        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+        super().__init__(*layers, nn.ReLU(), nn.Flatten())
         self.num_features = channels * (frame_size // 8) ** 2
-
-    def forward(self, x):
-        return self.layers(x)  # (B, C, S, S) -> (B, 32 * multiplier * (S / 8)^2)
 
 
 class LatentPolicy(nn.Module):
@@ -112,7 +86,7 @@ class LatentPolicy(nn.Module):
 
     def features(self, obs):
         """uint8 (B, S, S, 3) -> the convolutions' output (B, F)"""
-        return self.cnn(to_input(obs[:, None]))
+        return self.cnn(common.to_input(obs[:, None]))
 
     def latent(self, features):
         """(B, F) -> z (B, Z)"""
@@ -160,29 +134,29 @@ def sample_actions(logits, generator):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def load_labelled(frames_dir, latents_dir, game, dynamics, max_shards=16):
+def load_labelled(frames_dir, latents_dir, dynamics, max_shards=16):
     """z float32 (n, Z) and true actions int64 (n,) of all valid rows of up to max_shards shards."""
-    paths = common.list_shards(frames_dir, game)
-    z, actions = [], []
+    paths, z, actions = common.list_shards(frames_dir), [], []
     for i in np.unique(np.linspace(0, len(paths) - 1, max_shards).astype(int)):
-        shard_z, valid = common.read_latents(paths[i], latents_dir, game, dynamics)
+        shard_z, valid = common.read_latents(paths[i], latents_dir, dynamics)
         z.append(shard_z[valid])
-        actions.append(common.read_actions(paths[i], game)[valid])
+        actions.append(common.read_actions(paths[i])[valid])
     z, actions = np.concatenate(z), np.concatenate(actions)
     return torch.from_numpy(z).float(), torch.from_numpy(actions).long()
 
 
-def plot(path, title, labels, returns, references):
-    """Figure 4 of one game: returns {name: float [L, seeds]} against labels [L]."""
+def plot(path, title, xlabel, curves, references):
+    """Figures 3 and 4 of one game: {name: (x [L], returns [L, seeds])}, {name: one return}."""
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    for color, (name, values) in enumerate(returns.items()):
-        mean, std = values.mean(1), values.std(1)
-        axes.plot(labels, mean, "o-", color=f"C{color}", label=name)
-        axes.fill_between(labels, mean - std, mean + std, color=f"C{color}", alpha=0.2, linewidth=0)
+    for color, (name, (x, returns)) in enumerate(curves.items()):
+        mean, std = returns.mean(1), returns.std(1)
+        axes.plot(x, mean, ".-", color=f"C{color}", label=name)
+        axes.fill_between(x, mean - std, mean + std, color=f"C{color}", alpha=0.2, linewidth=0)
     for (name, value), style in zip(references.items(), ("--", ":", "-.")):
         axes.axhline(value, color="black", linestyle=style, label=f"{name} ({value:.2f})")
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="labelled frames", ylabel="mean episodic return", title=title)
+    axes.set(xlabel=xlabel, ylabel="mean episodic return", title=title)
+    if xlabel == "labelled frames":
+        axes.set_xscale("log", base=2)
     figure.legend(loc="outside lower center", fontsize="small", ncols=2)
     with common.atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
@@ -193,21 +167,19 @@ def main(args):
     device = common.pick_device(args.device)
     torch.manual_seed(args.seed)
     data, run = args.data_dir / args.game, args.runs_dir / args.game
-    path, made_by = run / "latent_policy.pt", f"python train_latent_bc.py --game {args.game}"
-    checkpoint = common.load_checkpoint(path, "latent_policy", args.game, made_by)
+    checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", args.game)
     z_dim, settings = checkpoint["z_dim"], checkpoint["settings"]
     policy = LatentPolicy(checkpoint["frame_size"], checkpoint["multiplier"], z_dim)
-    common.load_weights(policy, checkpoint["policy"], path)
+    policy.load_state_dict(checkpoint["policy"])
     policy.to(device, memory_format=torch.channels_last).eval()
     stamp = checkpoint["dynamics"]
 
     # --- data: labelled rows, and held-out frames o_t, z_t and true actions
-    z, actions = load_labelled(data / "train", run / "train", args.game, stamp)
+    z, actions = load_labelled(data / "train", run / "train", stamp)
     if len(z) < max(args.labels):
         common.fail(f"{data / 'train'} has {len(z)} labelled rows, fewer than {max(args.labels)}")
     frequencies = np.bincount(actions, minlength=common.NUM_ACTIONS) / len(actions)
-    where = (data / "test", args.game, checkpoint["context"], 65_536, args.seed, device)
-    test = common.FrameStore(*where, latents_dir=run / "test", dynamics=stamp)
+    test = common.FrameStore(args, "test", checkpoint["context"], device, stamp)
     rows = test.draw(4096)
     test_z, test_actions = test.z_at(rows), common.true_actions_to_report_on(test, rows)
     with torch.no_grad():
@@ -266,8 +238,8 @@ def main(args):
     references = {"expert": expert_return, "random policy": random_return}
     references["actions drawn without looking"] = blind_return
     title = f"{args.game}, decoded offline: mean and std of {args.decoder_seeds} decoders"
-    lapo = {"LAPO: decoder on the latent policy": returns}
-    plot(run / "decode_offline.png", title, args.labels, lapo, references)
+    curves = {"LAPO: decoder on the latent policy": (args.labels, returns)}
+    plot(run / "decode_offline.png", title, "labelled frames", curves, references)
     print("  labels     return          normalized  accuracy from z  accuracy from o_t")
     for i, count in enumerate(args.labels):
         mean, std = returns[i].mean(), returns[i].std()

@@ -15,37 +15,21 @@ on a CPU      python decode_online_ppo.py --game miner --env-steps 300_000 --log
 
 import copy
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import common  # before torch
-import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from decode_offline import plot
 
 
 @dataclass
-class Args:
-    game: str = "bigfish"
-    """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
-    seed: int = 1
-    """Seeds networks, samples and the games themselves."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    data_dir: Path = Path("data")
-    """Frames and labels are in <data-dir>/<game>."""
-    runs_dir: Path = Path("runs")
-    """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
+class Args(common.RunArgs):
     resume: bool = False
     """Continue the run that was stopped, or start one if there is none."""
-    compile: bool = False
-    """Compile the loss with torch.compile."""
     log_every_steps: int = 50_000
     """Environment steps between points of the curve, checkpoints and saved states."""
 
@@ -106,13 +90,6 @@ class Args:
 # Copies of the earlier stages' scripts; tests/test_copies.py keeps them equal.
 
 
-def to_input(frames):
-    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], channels last in memory."""
-    b, t, s, _, c = frames.shape
-    x = frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2)
-    return x.float() / 255 - 0.5
-
-
 class ResidualBlock(nn.Module):
     def __init__(self, channels, hidden):
         super().__init__()
@@ -123,24 +100,17 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, S, S)
 
 
-class ImpalaCNN(nn.Module):
-    """IMPALA's convolutions (Espeholt et al. 2018): 3 times conv, max pool, 2 residual blocks."""
+class ImpalaCNN(nn.Sequential):
+    """IMPALA's CNN (Espeholt et al. 2018): (B, C, S, S) -> (B, 32 * multiplier * (S / 8)^2)"""
 
     def __init__(self, in_channels, frame_size, multiplier):
-        super().__init__()
         layers = []
         for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
-            layers += [
-                nn.Conv2d(in_channels, channels, 3, padding=1),
-                nn.MaxPool2d(3, 2, padding=1),
-            ]
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
             layers += [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
             in_channels = channels
-        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+        super().__init__(*layers, nn.ReLU(), nn.Flatten())
         self.num_features = channels * (frame_size // 8) ** 2
-
-    def forward(self, x):
-        return self.layers(x)  # (B, C, S, S) -> (B, 32 * multiplier * (S / 8)^2)
 
 
 class IDM(nn.Module):
@@ -154,7 +124,7 @@ class IDM(nn.Module):
 
     def forward(self, windows):
         """uint8 (B, k + 2, S, S, 3) -> z (B, Z)"""
-        return self.head(F.relu(self.hidden(self.cnn(to_input(windows)))))
+        return self.head(F.relu(self.hidden(self.cnn(common.to_input(windows)))))
 
 
 class LatentPolicy(nn.Module):
@@ -170,7 +140,7 @@ class LatentPolicy(nn.Module):
 
     def features(self, obs):
         """uint8 (B, S, S, 3) -> the convolutions' output (B, F)"""
-        return self.cnn(to_input(obs[:, None]))
+        return self.cnn(common.to_input(obs[:, None]))
 
     def latent(self, features):
         """(B, F) -> z (B, Z)"""
@@ -275,10 +245,8 @@ def learning_rate(env_step, ramp, lr, end):
 def refit_is_due(update, args):
     """Whether the decoder is fitted after this update, counted from 1."""
     step = update * args.num_envs * args.rollout_steps
-    early = args.refit_from <= step <= args.refit_each_until
-    return early or (
-        args.refit_each_until < step <= args.refit_until and update % args.refit_every == 0
-    )
+    every = 1 if step <= args.refit_each_until else args.refit_every
+    return args.refit_from <= step <= args.refit_until and update % every == 0
 
 
 @torch.no_grad()
@@ -316,43 +284,6 @@ def fit_decoder(decoder, z, actions, args, generator):
             optimizer.step()
 
 
-def load_networks(run, args, device):
-    """Stage 2's checkpoint and LatentPolicy, frozen, and stage 1's IDM, None for --method rl."""
-    path, made_by = run / "latent_policy.pt", f"python train_latent_bc.py --game {args.game}"
-    checkpoint = common.load_checkpoint(path, "latent_policy", args.game, made_by)
-    size, z_dim = checkpoint["frame_size"], checkpoint["z_dim"]
-    latent_policy = LatentPolicy(size, checkpoint["multiplier"], z_dim)
-    common.load_weights(latent_policy, checkpoint["policy"], path)
-    latent_policy.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    if args.method == "rl":
-        return checkpoint, latent_policy, None
-    path, made_by = run / "latent_dynamics.pt", "python train_latent_dynamics.py"
-    dynamics = common.load_checkpoint(path, "latent_dynamics", args.game, made_by)
-    if dynamics["fingerprint"] != checkpoint["dynamics"]:
-        common.fail(f"{run / 'latent_policy.pt'} imitates another run of stage 1 than {path}")
-    idm = IDM(size, checkpoint["context"], dynamics["multiplier"], z_dim)
-    common.load_weights(idm, dynamics["idm"], path)
-    return checkpoint, latent_policy, idm.to(device, memory_format=torch.channels_last)
-
-
-def plot(run, path, game, settings):
-    """Figure 3 of one game: the curves of all methods in the folder `run`."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-    for curve_path in sorted(run.glob("decode_online_*.npz")):
-        curve = common.load_npz(curve_path, ("env_steps", "returns"), "decode_online_ppo.py")
-        axes.plot(curve["env_steps"], curve["returns"], ".-", label=curve_path.stem[14:])
-    for name, style in dict(expert="--", random=":").items():
-        value = settings.get(f"{name}_return", float("nan"))
-        axes.axhline(value, color="black", linestyle=style, label=f"{name} ({value:.2f})")
-    axes.set(xlabel="environment steps", ylabel="mean episodic return")
-    axes.set_title(f"{game}: latent policy decoded online, 1 seed")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-    figure.legend(loc="outside lower center", fontsize="small", ncols=4)
-    with common.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
-
-
 def main(args):
     device = common.pick_device(args.device)
     torch.manual_seed(args.seed)
@@ -366,30 +297,43 @@ def main(args):
     if with_decoder and not refits:
         common.fail(f"no update ends between --refit-from {args.refit_from} and --refit-until")
 
-    # --- networks
-    checkpoint, latent_policy, idm = load_networks(run, args, device)
+    # --- networks: stage 2's policy and stage 1's IDM are frozen
+    checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", args.game)
     size, k, z_dim = (checkpoint[name] for name in ("frame_size", "context", "z_dim"))
+    latent_policy = LatentPolicy(size, checkpoint["multiplier"], z_dim)
+    latent_policy.load_state_dict(checkpoint["policy"])
+    latent_policy.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    if with_decoder:
+        path = run / "latent_dynamics.pt"
+        dynamics = common.load_checkpoint(path, "latent_dynamics", args.game)
+        if dynamics["fingerprint"] != checkpoint["dynamics"]:
+            common.fail(f"latent_policy.pt imitates another run of stage 1 than {path}")
+        idm = IDM(size, k, dynamics["multiplier"], z_dim)
+        idm.load_state_dict(dynamics["idm"])
+        idm.to(device, memory_format=torch.channels_last)
     policy = OnlinePolicy(latent_policy.hidden, with_decoder).requires_grad_(True).to(device)
     decoder = ActionDecoder(z_dim).to(device)
     parameters = [dict(params=getattr(policy, part).parameters(), lr=0.0) for part in ramps]
     optimizer = torch.optim.Adam(parameters, fused=True)
-    loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
     # --- games and buffers
     settings, seed = checkpoint["settings"], common.derive_seed(args.seed, "decode online")
+    references = {x: settings.get(f"{x}_return", float("nan")) for x in ("expert", "random")}
     envs = common.ProcgenEnvs(settings, b, seed)
     generator = torch.Generator(device).manual_seed(seed)
     normalize_rewards = common.RewardNormalizer(b, args.gamma)
+    distinct = torch.from_numpy(common.distinct_actions(args.game)).to(device)
     # k frames from before the rollout, T frames, and the one that the next rollout starts from
     frames = torch.zeros(k + t + 1, b, size, size, 3, dtype=torch.uint8, device=device)
     firsts = torch.ones(k + t + 1, b, dtype=torch.bool, device=device)
     features = torch.zeros(t + 1, b, latent_policy.cnn.num_features, device=device)
-    # zeros until the first fit: the agent starts uniformly random (there: an unfitted decoder)
+    # zeros until the first fit: the agent starts uniformly random (official: an unfitted decoder)
     decoded = torch.zeros(t + 1, b, common.NUM_ACTIONS, device=device)
     actions = torch.zeros(t, b, dtype=torch.long, device=device)
     logprobs, rewards = torch.zeros(t, b, device=device), torch.zeros(t, b, device=device)
     values = torch.zeros(t + 1, b, device=device)
-    z_seen, actions_seen = [], []  # of all rollouts until the last fit
+    z_seen = torch.zeros(0, z_dim, dtype=torch.half, device=device)  # of all rollouts until the
+    actions_seen = torch.zeros(0, dtype=torch.long, device=device)  # decoder's last fit
     frames[-1] = torch.from_numpy(envs.obs)
 
     @torch.no_grad()
@@ -404,21 +348,16 @@ def main(args):
     # --- training
     output = run / f"decode_online_{args.method}"
     state = run / f"{output.name}_state.pt"
-    print(
-        f"stage 3, online: {args.method} on {args.game}, {updates:,} updates of {b} x {t} steps on "
-        f"{device}; {len(refits) if with_decoder else 0} fits of the decoder"
-    )
+    fits = f"; {len(refits)} fits of the decoder" if with_decoder else ""
+    print(f"stage 3, online: {args.method} on {args.game}, {updates:,} updates on {device}{fits}")
     parts = dict(policy=policy, optimizer=optimizer, decoder=decoder, envs=envs)
-    parts["generator"] = generator
-    parts["normalize_rewards"] = normalize_rewards
+    parts |= dict(generator=generator, normalize_rewards=normalize_rewards)
     curve, decoder_accuracy = dict(env_steps=[], returns=[], episodes=[]), float("nan")
     start, saved = common.load_state(state, args, parts)
     if saved:
         curve, decoder_accuracy = saved["curve"], saved["decoder_accuracy"]
         frames[-k - 1 :], firsts[-k - 1 :] = saved["frames"], saved["firsts"]
-        z_seen, actions_seen = (
-            [x.to(device) for x in saved[n]] for n in ("z_seen", "actions_seen")
-        )
+        z_seen, actions_seen = saved["z_seen"].to(device), saved["actions_seen"].to(device)
     log = common.MetricsLog(f"{output}.csv", updates * t * b, "step", start)
     for update in range(start // (t * b) + 1, updates + 1):
         fitted = with_decoder and update > refits[0]
@@ -445,7 +384,7 @@ def main(args):
             for rows in permutation.chunk(args.minibatches):
                 outputs = policy(flat_features[rows], flat_decoded[rows])
                 coefs = (args.clip, args.value_coef, args.entropy_coef)
-                loss, metrics = loss_function(*outputs, *(x[rows] for x in flat), *coefs)
+                loss, metrics = ppo_loss(*outputs, *(x[rows] for x in flat), *coefs)
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
@@ -453,14 +392,14 @@ def main(args):
 
         if with_decoder and update <= refits[-1]:
             z, taken = label_transitions(idm, frames, firsts, actions)
-            if fitted:  # on transitions that it was not fitted on
-                decoder_accuracy = (decoder(z).argmax(1) == taken).float().mean().item()
-            z_seen.append(z.half()), actions_seen.append(taken)
+            if fitted:  # on transitions that it was not fitted on, actions of equal effect merged
+                right = distinct[decoder(z).argmax(1)] == distinct[taken]
+                decoder_accuracy = right.float().mean().item()
+            z_seen, actions_seen = torch.cat([z_seen, z.half()]), torch.cat([actions_seen, taken])
             if update in refits:
-                seen = torch.cat(z_seen), torch.cat(actions_seen)
-                fit_decoder(decoder, *seen, args, generator)
-            if update == refits[-1]:  # the last fit
-                z_seen, actions_seen = [], []
+                fit_decoder(decoder, z_seen, actions_seen, args, generator)
+            if update == refits[-1]:  # releases their memory
+                z_seen, actions_seen = z_seen[:0].clone(), actions_seen[:0].clone()
         log.bar.update(t * b)
 
         env_step, every = update * t * b, args.log_every_steps
@@ -474,9 +413,13 @@ def main(args):
             metrics["decoder_accuracy"] = decoder_accuracy
             log.write(**{name: values[-1] for name, values in curve.items()}, **metrics)
             arrays = {name: np.array(values) for name, values in curve.items()}
-            flags = asdict(args) | dict(resume=False)
-            common.save_npz(f"{output}.npz", settings | flags, **arrays)
-            plot(run, f"{output}.png", args.game, settings)
+            common.save_npz(f"{output}.npz", settings | asdict(args) | dict(resume=False), **arrays)
+            curves = {}  # of all methods in the folder
+            for path in sorted(run.glob("decode_online_*.npz")):
+                other = common.load_npz(path, ("env_steps", "returns"))
+                curves[path.stem[14:]] = other["env_steps"], other["returns"][:, None]
+            title = f"{args.game}: latent policy decoded online, 1 seed"
+            plot(f"{output}.png", title, "environment steps", curves, references)
             common.save_state(
                 state, args, env_step, parts, curve=curve, decoder_accuracy=decoder_accuracy,
                 frames=frames[-k - 1 :].clone(), firsts=firsts[-k - 1 :].clone(),
@@ -489,11 +432,8 @@ def main(args):
                 decoder=decoder.state_dict() if with_decoder else None,
             )  # fmt: skip
     log.bar.close()
-    print(
-        f"{args.method}: mean return {curve['returns'][-1]:.2f}, {curve['episodes'][-1]} episodes\n"
-        f"results: {output}.npz, .pt, .png and .csv\n"
-        f"next: python visualize_latents.py --game {args.game}"
-    )
+    print(f"{args.method}: mean return {curve['returns'][-1]:.2f}; {output}.npz, .pt, .png, .csv")
+    print(f"next: python visualize_latents.py --game {args.game}")
 
 
 if __name__ == "__main__":

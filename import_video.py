@@ -75,7 +75,7 @@ def read_video(path, args):
 def read_recording(path, args):
     """obs, first and labels of a recording of the official code: done ends an episode."""
     keys = ("obs", "ta", "done", "rewards")
-    obs, action, done, reward = map(common.load_npz(path, keys, "the official code").get, keys)
+    obs, action, done, reward = map(common.load_npz(path, keys).get, keys)
     obs = np.stack([resize(picture, args.frame_size) for picture in obs])
     first = np.concatenate([[True], done[:-1].astype(bool)])
     return obs, first, dict(action=action.astype(np.uint8), reward=reward.astype(np.float32))

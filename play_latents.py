@@ -16,7 +16,6 @@ import threading
 import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import common  # before torch
 import numpy as np
@@ -94,17 +93,7 @@ fetch("/keys").then(answer => answer.json()).then(keys => {
 
 
 @dataclass
-class Args:
-    game: str = "bigfish"
-    """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
-    seed: int = 1
-    """Seeds networks, samples and the games themselves."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    data_dir: Path = Path("data")
-    """Frames and labels are in <data-dir>/<game>."""
-    runs_dir: Path = Path("runs")
-    """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
+class Args(common.RunArgs):
     port: int = 8000
     """Of the page, on 127.0.0.1 only."""
 
@@ -119,21 +108,18 @@ class World:
 
     def __init__(self, args):
         device, self.rng = common.pick_device(args.device), np.random.default_rng(args.seed)
-        run, made_by = args.runs_dir / args.game, f"train_latent_dynamics.py --game {args.game}"
-        path = run / "latent_dynamics.pt"
-        saved = common.load_checkpoint(path, "latent_dynamics", args.game, f"python {made_by}")
+        path = args.runs_dir / args.game / "latent_dynamics.pt"
+        saved = common.load_checkpoint(path, "latent_dynamics", args.game)
         self.size, self.k, vq = saved["frame_size"], saved["context"], saved["vq_sizes"]
         self.fdm = FDM(
             self.size, self.k, saved["z_dim"], saved["fdm_width"], saved["predict_change"]
         )
         quantizer = EMAVectorQuantizer(*vq, decay=1.0) if vq else NoQuantizer()
         for name, module in dict(fdm=self.fdm, quantizer=quantizer).items():
-            common.load_weights(module, saved[name], path)
+            module.load_state_dict(saved[name])
             module.to(device).eval()
 
-        where = (args.data_dir / args.game / "test", args.game, self.k, 65_536, args.seed, device)
-        latents = dict(latents_dir=run / "test", dynamics=saved["fingerprint"])
-        store = common.FrameStore(*where, **latents)
+        store = common.FrameStore(args, "test", self.k, device, saved["fingerprint"])
         rows = store.draw(4096).sort()[0].unique()
         self.windows, z_q = store.windows_at(rows), quantizer(store.z_at(rows))[0]
         middle, cluster = medoids(z_q.cpu().numpy(), min(9, len(z_q)), args.seed)

@@ -13,7 +13,6 @@ on a CPU      python train_latent_bc.py --game miner --multiplier 0.5 --lr 1e-3 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import common  # before torch
 import numpy as np
@@ -24,17 +23,7 @@ import tyro
 
 
 @dataclass
-class Args:
-    game: str = "bigfish"
-    """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
-    seed: int = 1
-    """Seeds networks, samples and the games themselves."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    data_dir: Path = Path("data")
-    """Frames and labels are in <data-dir>/<game>."""
-    runs_dir: Path = Path("runs")
-    """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
+class Args(common.RunArgs):
     resume: bool = False
     """Continue the run that was stopped, or start one if there is none."""
     compile: bool = False
@@ -45,8 +34,6 @@ class Args:
     """Frames in memory at once (12 KB each at 64x64); more than that on disk are streamed."""
     eval_every: int = 2000
     """Gradient steps between evaluations, checkpoints and saved states."""
-    eval_windows: int = 4096
-    """Windows of each split to evaluate on."""
 
     standardize: bool = False
     """Regress latents of mean 0 and std 1; not in the paper. Otherwise z can be smaller than the
@@ -69,13 +56,6 @@ class Args:
 # Copies of train_latent_dynamics.py; tests/test_copies.py keeps them equal.
 
 
-def to_input(frames):
-    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], channels last in memory."""
-    b, t, s, _, c = frames.shape
-    x = frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2)
-    return x.float() / 255 - 0.5
-
-
 class ResidualBlock(nn.Module):
     def __init__(self, channels, hidden):
         super().__init__()
@@ -86,24 +66,17 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, S, S)
 
 
-class ImpalaCNN(nn.Module):
-    """IMPALA's convolutions (Espeholt et al. 2018): 3 times conv, max pool, 2 residual blocks."""
+class ImpalaCNN(nn.Sequential):
+    """IMPALA's CNN (Espeholt et al. 2018): (B, C, S, S) -> (B, 32 * multiplier * (S / 8)^2)"""
 
     def __init__(self, in_channels, frame_size, multiplier):
-        super().__init__()
         layers = []
         for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
-            layers += [
-                nn.Conv2d(in_channels, channels, 3, padding=1),
-                nn.MaxPool2d(3, 2, padding=1),
-            ]
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
             layers += [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
             in_channels = channels
-        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+        super().__init__(*layers, nn.ReLU(), nn.Flatten())
         self.num_features = channels * (frame_size // 8) ** 2
-
-    def forward(self, x):
-        return self.layers(x)  # (B, C, S, S) -> (B, 32 * multiplier * (S / 8)^2)
 
 
 class LatentPolicy(nn.Module):
@@ -119,7 +92,7 @@ class LatentPolicy(nn.Module):
 
     def features(self, obs):
         """uint8 (B, S, S, 3) -> the convolutions' output (B, F)"""
-        return self.cnn(to_input(obs[:, None]))
+        return self.cnn(common.to_input(obs[:, None]))
 
     def latent(self, features):
         """(B, F) -> z (B, Z)"""
@@ -156,20 +129,14 @@ def evaluate(policy, obs, z, batch_size=512):
 def main(args):
     device = common.pick_device(args.device)
     torch.manual_seed(args.seed)
-    data, run = args.data_dir / args.game, args.runs_dir / args.game
+    run = args.runs_dir / args.game
 
     # --- data: frames and the latents that stage 1 wrote for them
-    made_by = f"python train_latent_dynamics.py --game {args.game}"
-    dynamics_path = run / "latent_dynamics.pt"
-    dynamics = common.load_checkpoint(dynamics_path, "latent_dynamics", args.game, made_by)
+    dynamics = common.load_checkpoint(run / "latent_dynamics.pt", "latent_dynamics", args.game)
     context, stamp = dynamics["context"], dynamics["fingerprint"]
-
-    def open_split(split, pool_frames):
-        where = (data / split, args.game, context, pool_frames, args.seed, device)
-        return common.FrameStore(*where, latents_dir=run / split, dynamics=stamp)
-
-    store, test = open_split("train", args.pool_frames), open_split("test", 65_536)
-    rows = test.draw(args.eval_windows)
+    store = common.FrameStore(args, "train", context, device, stamp, args.pool_frames)
+    test = common.FrameStore(args, "test", context, device, stamp)
+    rows = test.draw(4096)
     test_obs, test_z = test.frames_at(rows), test.z_at(rows)
 
     # --- network
@@ -187,14 +154,14 @@ def main(args):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: float(np.interp(i, *ramp)))
     loss_function = torch.compile(imitation_loss) if args.compile else imitation_loss
     print(
-        f"stage 2: {args.grad_steps:,} updates of {args.batch_size} frames; {store.num_frames:,} "
-        f"frames of {args.game} at {size}x{size}, {len(store.obs):,} in memory; policy "
-        f"{sum(p.numel() for p in parameters):,} parameters on {device}"
+        f"stage 2: {args.grad_steps:,} updates of {args.batch_size} frames of {args.game}, {size}x"
+        f"{size}; {store.num_frames:,} frames, {len(store.obs):,} in memory; on {device}, "
+        f"{sum(p.numel() for p in parameters):,} parameters"
     )
 
     # --- training
     output, state = run / "latent_policy.pt", run / "train_latent_bc_state.pt"
-    parts = dict(policy=policy, optimizer=optimizer, schedule=schedule, generator=store.generator)
+    parts = dict(policy=policy, optimizer=optimizer, schedule=schedule, draws=store.generator)
     start, _ = common.load_state(state, args, parts)
     log = common.MetricsLog(run / "train_latent_bc.csv", args.grad_steps, "step", start)
     for grad_step in range(start + 1, args.grad_steps + 1):

@@ -16,7 +16,6 @@ no VQ (A.2)   python train_latent_dynamics.py --game bigfish --no-vq --runs-dir 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import common  # before torch
 import numpy as np
@@ -30,17 +29,7 @@ from sklearn.preprocessing import StandardScaler
 
 
 @dataclass
-class Args:
-    game: str = "bigfish"
-    """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
-    seed: int = 1
-    """Seeds networks, samples and the games themselves."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    data_dir: Path = Path("data")
-    """Frames and labels are in <data-dir>/<game>."""
-    runs_dir: Path = Path("runs")
-    """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
+class Args(common.RunArgs):
     resume: bool = False
     """Continue the run that was stopped, or start one if there is none."""
     compile: bool = False
@@ -51,8 +40,6 @@ class Args:
     """Frames in memory at once (12 KB each at 64x64); more than that on disk are streamed."""
     eval_every: int = 2000
     """Gradient steps between evaluations, checkpoints and saved states."""
-    eval_windows: int = 4096
-    """Windows of each split to evaluate on."""
 
     vq: bool = True
     """Quantize latent actions; --no-vq is the paper's ablation (A.2)."""
@@ -93,13 +80,6 @@ class Args:
 # --- networks -------------------------------------------------------------------------------------
 
 
-def to_input(frames):
-    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], channels last in memory."""
-    b, t, s, _, c = frames.shape
-    x = frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2)
-    return x.float() / 255 - 0.5
-
-
 class ResidualBlock(nn.Module):
     def __init__(self, channels, hidden):
         super().__init__()
@@ -110,24 +90,17 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, S, S)
 
 
-class ImpalaCNN(nn.Module):
-    """IMPALA's convolutions (Espeholt et al. 2018): 3 times conv, max pool, 2 residual blocks."""
+class ImpalaCNN(nn.Sequential):
+    """IMPALA's CNN (Espeholt et al. 2018): (B, C, S, S) -> (B, 32 * multiplier * (S / 8)^2)"""
 
     def __init__(self, in_channels, frame_size, multiplier):
-        super().__init__()
         layers = []
         for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
-            layers += [
-                nn.Conv2d(in_channels, channels, 3, padding=1),
-                nn.MaxPool2d(3, 2, padding=1),
-            ]
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
             layers += [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
             in_channels = channels
-        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+        super().__init__(*layers, nn.ReLU(), nn.Flatten())
         self.num_features = channels * (frame_size // 8) ** 2
-
-    def forward(self, x):
-        return self.layers(x)  # (B, C, S, S) -> (B, 32 * multiplier * (S / 8)^2)
 
 
 class IDM(nn.Module):
@@ -141,7 +114,7 @@ class IDM(nn.Module):
 
     def forward(self, windows):
         """uint8 (B, k + 2, S, S, 3) -> z (B, Z)"""
-        return self.head(F.relu(self.hidden(self.cnn(to_input(windows)))))
+        return self.head(F.relu(self.hidden(self.cnn(common.to_input(windows)))))
 
 
 class EMAVectorQuantizer(nn.Module):
@@ -153,8 +126,7 @@ class EMAVectorQuantizer(nn.Module):
     def __init__(self, codebooks, positions, embeddings, embedding_dim, decay):
         super().__init__()
         self.shape, self.decay = (codebooks, embedding_dim, positions), decay
-        bound = 5 / embeddings
-        start = torch.empty(codebooks, embeddings, embedding_dim).uniform_(-bound, bound)
+        start = torch.empty(codebooks, embeddings, embedding_dim).uniform_(-1, 1) * 5 / embeddings
         self.register_buffer("embedding", start)  # (C, K, E)
         # Counts start at 1 to match the sums. With counts of 0 (official code) the first update
         # divides unused sums by about 1e-5, and the codes explode.
@@ -242,7 +214,7 @@ class FDM(nn.Module):
 
     def forward(self, past, z):
         """past uint8 (B, k + 1, S, S, 3), z (B, Z) -> o_{t+1} (B, 3, S, S) in [-0.5, 0.5]"""
-        past = to_input(past)
+        past = common.to_input(past)
         x = conv_with_planes(self.down[0][0], past, z)  # (B, width, S, S)
         skips = [self.down[0][1:](x)]  # (B, width, S / 2, S / 2)
         for block in self.down[1:]:
@@ -260,7 +232,7 @@ class FDM(nn.Module):
 def dynamics_loss(idm, quantizer, fdm, windows, commitment_cost):
     """windows uint8 (B, k + 2, S, S, 3) -> loss (), FDM's mse (), commitment loss ()"""
     z_q, commitment_loss, _ = quantizer(idm(windows))
-    mse = F.mse_loss(fdm(windows[:, :-1], z_q), to_input(windows[:, -1:]))
+    mse = F.mse_loss(fdm(windows[:, :-1], z_q), common.to_input(windows[:, -1:]))
     return mse + commitment_cost * commitment_loss, mse, commitment_loss
 
 
@@ -279,35 +251,33 @@ def linear_probe(z, actions, test_z, test_actions):
     return float(probe.fit(z, actions).score(test_z, test_actions)), float(majority)
 
 
+def in_batches(model, *inputs, batch_size=512):
+    """The model's outputs for inputs (N, ...), computed in parts."""
+    return torch.cat([model(*parts) for parts in zip(*(x.split(batch_size) for x in inputs))])
+
+
 @torch.no_grad()
-def evaluate(idm, quantizer, fdm, test_windows, probe_windows, probe_actions, batch_size=512):
+def evaluate(idm, quantizer, fdm, test_windows, probe_windows, probe_actions):
     """Metrics of held-out windows uint8 (N, k + 2, S, S, 3), as a dict.
 
     The probe of probe_actions [N] (or None) is fitted on three quarters of the probe_windows, and
     tested on the last quarter, which comes from other streams.
     """
-    for module in (idm, quantizer, fdm):
-        module.eval()
-    metrics, codes = dict(test_mse=0.0, copy_mse=0.0), []
-    for windows in test_windows.split(batch_size):
-        z_q, _, batch_codes = quantizer(idm(windows))
-        codes.append(batch_codes)
-        target, weight = to_input(windows[:, -1:]), len(windows) / len(test_windows)
-        metrics["test_mse"] += weight * F.mse_loss(fdm(windows[:, :-1], z_q), target).item()
-        metrics["copy_mse"] += weight * F.mse_loss(to_input(windows[:, -2:-1]), target).item()
-    if batch_codes.numel():
+    idm.eval(), quantizer.eval(), fdm.eval()
+    z_q, _, codes = quantizer(in_batches(idm, test_windows))
+    predicted = in_batches(fdm, test_windows[:, :-1], z_q)
+    copied, target = (common.to_input(test_windows[:, i, None]) for i in (-2, -1))
+    metrics = dict(test_mse=F.mse_loss(predicted, target), copy_mse=F.mse_loss(copied, target))
+    if codes.numel():
         # per position: pooled over positions, four that sit on one code each would give 4
-        positions, k = torch.cat(codes).cpu().numpy().T, quantizer.embedding.shape[1]
-        per_position = [perplexity(position, k) for position in positions]
-        metrics["perplexity_mean"] = float(np.mean(per_position))
-        metrics["perplexity_min"] = min(per_position)
+        per_position = [perplexity(p, quantizer.embedding.shape[1]) for p in codes.cpu().numpy().T]
+        metrics |= dict(perplexity_mean=np.mean(per_position), perplexity_min=min(per_position))
     if probe_actions is not None:
-        z = torch.cat([idm(part) for part in probe_windows.split(batch_size)]).cpu().numpy()
-        a, n = probe_actions, len(z) * 3 // 4
+        z, a = in_batches(idm, probe_windows).cpu().numpy(), probe_actions
+        n = len(z) * 3 // 4
         metrics["probe"], metrics["majority"] = linear_probe(z[:n], a[:n], z[n:], a[n:])
-    for module in (idm, quantizer, fdm):
-        module.train()
-    return metrics
+    idm.train(), quantizer.train(), fdm.train()
+    return {name: float(value) for name, value in metrics.items()}
 
 
 @torch.no_grad()
@@ -315,16 +285,16 @@ def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device
     """Labels each valid window of each shard with its latent action; other rows hold zeros."""
     idm.eval(), quantizer.eval()
     settings = dict(dynamics=common.fingerprint(idm, quantizer))
-    paths, z_dim = common.list_shards(frames_dir, game), idm.head.out_features
+    paths, z_dim = common.list_shards(frames_dir), idm.head.out_features
     num_codes = quantizer(torch.zeros(1, z_dim, device=device))[2].shape[1]
     bar = common.progress_bar(len(paths), "shard", f"latents of {frames_dir}")
     for path, obs, valid, _, _ in common.read_ahead(paths, game=game, context=context):
-        z = np.zeros((len(obs), z_dim), np.float16)
-        codes = np.zeros((len(obs), num_codes), np.uint8)
+        z = torch.zeros(len(obs), z_dim, dtype=torch.float16)
+        codes = torch.zeros(len(obs), num_codes, dtype=torch.uint8)
         for rows in torch.from_numpy(np.flatnonzero(valid)).split(1024):
             windows = torch.from_numpy(obs)[rows[:, None] + torch.arange(-context, 2)].to(device)
             batch_z = idm(windows)  # (B, Z)
-            z[rows], codes[rows] = batch_z.half().cpu(), quantizer(batch_z)[2].cpu()
+            z[rows], codes[rows] = batch_z.half().cpu(), quantizer(batch_z)[2].byte().cpu()
         name = path.name.replace("frames", "latents")
         common.save_npz(latents_dir / name, settings, z=z, codes=codes, valid=valid)
         bar.update()
@@ -340,23 +310,18 @@ def main(args):
 
     # --- data. Random play is the honest probe of z: its o_t says nothing about the action, so
     # no memory of places can pass. Without it (own videos), the held-out frames are probed.
-    def open_split(split, pool_frames):
-        folder = data / split
-        return common.FrameStore(folder, args.game, args.context, pool_frames, args.seed, device)
-
-    store, test = open_split("train", args.pool_frames), open_split("test", 65_536)
-    random_play = (data / "random").exists()
-    probed = open_split("random", 65_536) if random_play else test
+    k, probe_split = args.context, "random" if (data / "random").exists() else "test"
+    store = common.FrameStore(args, "train", k, device, pool_frames=args.pool_frames)
+    test, probed = (common.FrameStore(args, split, k, device) for split in ("test", probe_split))
     if not store.frame_size == test.frame_size == probed.frame_size:
         common.fail(f"the splits of {data} differ in frame size")
-    test_windows = test.windows_at(test.draw(args.eval_windows))
-    rows = probed.draw(args.eval_windows).sort()[0]
+    test_windows, rows = test.windows_at(test.draw(4096)), probed.draw(4096).sort()[0]
     probe = probed.windows_at(rows), common.true_actions_to_report_on(probed, rows)
 
     # --- networks
-    z_dim = args.codebooks * args.latents_per_codebook * args.embedding_dim
-    idm = IDM(store.frame_size, args.context, args.multiplier, z_dim)
-    fdm = FDM(store.frame_size, args.context, z_dim, args.fdm_width, args.predict_change)
+    size, z_dim = store.frame_size, args.codebooks * args.latents_per_codebook * args.embedding_dim
+    idm = IDM(size, k, args.multiplier, z_dim)
+    fdm = FDM(size, k, z_dim, args.fdm_width, args.predict_change)
     vq_sizes = (args.codebooks, args.latents_per_codebook, args.embeddings, args.embedding_dim)
     quantizer = EMAVectorQuantizer(*vq_sizes, args.vq_decay) if args.vq else NoQuantizer()
     for module in (idm, quantizer, fdm):
@@ -367,17 +332,16 @@ def main(args):
     ramp = ([0, args.warmup_steps, end], [0.1, 1.0, 0.01])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: float(np.interp(i, *ramp)))
     loss_function = torch.compile(dynamics_loss) if args.compile else dynamics_loss
-    size, counts = store.frame_size, [sum(p.numel() for p in m.parameters()) for m in (idm, fdm)]
     print(
-        f"stage 1: {args.grad_steps:,} updates of {args.batch_size} windows; {store.num_frames:,} "
-        f"frames of {args.game} at {size}x{size}, {len(store.obs):,} in memory; IDM {counts[0]:,}, "
-        f"FDM {counts[1]:,} parameters on {device}; probe on {'random' if random_play else 'test'}"
+        f"stage 1: {args.grad_steps:,} updates of {args.batch_size} windows of {args.game}, {size}x"
+        f"{size}; {store.num_frames:,} frames, {len(store.obs):,} in memory; on {device}, "
+        f"{sum(p.numel() for p in parameters):,} parameters; probe on {probe_split} frames"
     )
 
     # --- training
     output, state = run / "latent_dynamics.pt", run / "train_latent_dynamics_state.pt"
     parts = dict(idm=idm, quantizer=quantizer, fdm=fdm, optimizer=optimizer, schedule=schedule)
-    parts["generator"] = store.generator
+    parts["draws"] = store.generator
     start, _ = common.load_state(state, args, parts)
     log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step", start)
     mse = commitment_loss = float("nan")
@@ -392,7 +356,7 @@ def main(args):
                 log.bar.write("warning: the codebooks have collapsed, see README, Troubleshooting")
             common.save_checkpoint(
                 output, kind="latent_dynamics", game=args.game, grad_step=grad_step,
-                settings=store.settings, frame_size=size, context=args.context, z_dim=z_dim,
+                settings=store.settings, frame_size=size, context=k, z_dim=z_dim,
                 multiplier=args.multiplier, fdm_width=args.fdm_width,
                 predict_change=args.predict_change, vq_sizes=vq_sizes if args.vq else None,
                 fingerprint=common.fingerprint(idm, quantizer), idm=idm.state_dict(),
@@ -414,8 +378,7 @@ def main(args):
     log.bar.close()
 
     for split in ("train", "test"):
-        folders = data / split, run / split
-        write_latents(idm, quantizer, *folders, args.game, args.context, device)
+        write_latents(idm, quantizer, data / split, run / split, args.game, k, device)
     print(f"latents and checkpoint: {run}\nnext: python train_latent_bc.py --game {args.game}")
 
 

@@ -15,7 +15,6 @@ on a CPU      python visualize_latents.py --game miner --points 2048 --supervise
 
 import warnings
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import common  # before torch
@@ -37,7 +36,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from train_latent_dynamics import FDM, IDM, EMAVectorQuantizer, NoQuantizer
-from train_latent_dynamics import linear_probe, perplexity, to_input
+from train_latent_dynamics import in_batches, linear_probe, perplexity
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -49,18 +48,7 @@ ACTION_COLORS = np.array(  # in the order of common.ACTIONS
 
 
 @dataclass
-class Args:
-    game: str = "bigfish"
-    """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
-    seed: int = 1
-    """Seeds networks, samples and the games themselves."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    data_dir: Path = Path("data")
-    """Frames and labels are in <data-dir>/<game>."""
-    runs_dir: Path = Path("runs")
-    """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
-
+class Args(common.RunArgs):
     points: int = 4096
     """Windows of each split: held-out ones to plot, and others to fit the probes on."""
     projection: Literal["umap", "tsne", "pca"] = "umap"
@@ -70,11 +58,6 @@ class Args:
 
 
 # --- metrics, maps, rollouts ----------------------------------------------------------------------
-
-
-def in_batches(model, windows, batch_size=512):
-    """windows uint8 (N, k + 2, S, S, 3) -> the model's outputs, float32 [N, D] in numpy"""
-    return torch.cat([model(part) for part in windows.split(batch_size)]).cpu().numpy()
 
 
 @torch.enable_grad()
@@ -111,13 +94,12 @@ def code_metrics(codes, codebooks, embeddings):
     return dict(perplexity_mean=float(np.mean(each)), perplexity_min=min(each), codes_used=used)
 
 
-def fdm_mse(fdm, windows, latents, batch_size=512):
+def fdm_mse(fdm, windows, latents):
     """mse of the FDM with latents {name: (N, Z)} on windows (N, k + 2, S, S, 3), and of copying."""
-    mse, target = {}, to_input(windows[:, -1:])
-    for name, z in latents.items():
-        parts = zip(windows[:, :-1].split(batch_size), z.split(batch_size))
-        mse[f"fdm_mse_{name}"] = F.mse_loss(torch.cat([fdm(*x) for x in parts]), target).item()
-    return mse | dict(fdm_mse_copy=F.mse_loss(to_input(windows[:, -2:-1]), target).item())
+    copied, target = (common.to_input(windows[:, i, None]) for i in (-2, -1))
+    frames = {name: in_batches(fdm, windows[:, :-1], z) for name, z in latents.items()}
+    frames["copy"] = copied
+    return {f"fdm_mse_{name}": F.mse_loss(x, target).item() for name, x in frames.items()}
 
 
 def project(z, method, seed):
@@ -224,7 +206,10 @@ def plot_fdm(path, fdm, windows, z_q, group_z_q, group, names, title):
     change = (windows[:, -1].float() - windows[:, -2]).square().mean((1, 2, 3)).cpu().numpy()
     order = np.argsort(change)  # shown: the upper quartile of a group, where something changes
     rows = [x[len(x) * 3 // 4] for x in (order[group[order] == g] for g in shown[:4])]
-    past, now, after = windows[rows, :-1], *(to_input(windows[rows, i, None]) for i in (-2, -1))
+    past, now, after = (
+        windows[rows, :-1],
+        *(common.to_input(windows[rows, i, None]) for i in (-2, -1)),
+    )
     given = torch.stack([fdm(past, group_z_q[[g] * len(rows)]) for g in shown])  # (G, R, 3, S, S)
     frames = torch.stack([now, after, fdm(past, z_q[rows]), *given])  # (3 + G, R, 3, S, S)
     # the FDM's mistakes are the same for every latent, so predictions are compared to each other
@@ -262,8 +247,7 @@ def print_results(run, game, metrics):
     for name, value in metrics.items():
         print(f"{name:36}{value:10.4g}")
     for path in run.glob("decode_offline.npz"):
-        with common.reading(path, "python decode_offline.py"), np.load(path) as file:
-            offline = {name: file[name] for name in file.files}
+        offline = common.load_npz(path)
         print(line.format("return without looking", float(offline["blind_return"]), ""))
         labels = offline["labels"]
         for name in (name for name in offline if name.startswith("returns")):
@@ -272,7 +256,7 @@ def print_results(run, game, metrics):
                 method = f"return, {name[8:] or 'lapo'}, {count} labels"
                 print(line.format(method, x.mean(), f"std {x.std():.2f}"))
     for path in sorted(run.glob("decode_online_*.npz")):
-        online = common.load_npz(path, ("env_steps", "returns"), "decode_online_ppo.py")
+        online = common.load_npz(path, ("env_steps", "returns"))
         name = f"return, {online['env_steps'][-1]:,} steps online"
         beside = f"{path.stem[14:]}, {bounds.format(**online['settings'])}"
         print(line.format(name, online["returns"][-1], beside))
@@ -286,16 +270,14 @@ def main(args):
     data, run = args.data_dir / args.game, args.runs_dir / args.game
 
     # --- networks
-    path = run / "latent_dynamics.pt"
-    made_by = f"python train_latent_dynamics.py --game {args.game}"
-    saved = common.load_checkpoint(path, "latent_dynamics", args.game, made_by)
+    saved = common.load_checkpoint(run / "latent_dynamics.pt", "latent_dynamics", args.game)
     vq_sizes, z_dim, stamp = saved["vq_sizes"], saved["z_dim"], saved["fingerprint"]
     sizes = size, k, _ = saved["frame_size"], saved["context"], saved["multiplier"]
     idm, untrained, supervised = IDM(*sizes, z_dim), IDM(*sizes, z_dim), IDM(*sizes, 15)
     fdm = FDM(size, k, z_dim, saved["fdm_width"], saved["predict_change"])
     quantizer = EMAVectorQuantizer(*vq_sizes, decay=1.0) if vq_sizes else NoQuantizer()
     for name, module in dict(idm=idm, fdm=fdm, quantizer=quantizer).items():
-        common.load_weights(module, saved[name], path)
+        module.load_state_dict(saved[name])
     for module in (idm, untrained, supervised, fdm, quantizer):
         module.to(device, memory_format=torch.channels_last).eval()
     _, method = project(np.random.rand(40, 4), args.projection, args.seed)  # early: may fail
@@ -303,14 +285,14 @@ def main(args):
     # --- data: windows, z (stage 1 writes none of random play), true actions or None
     splits = {}
     for split in ["random"] * (data / "random").exists() + ["test", "train"]:
-        latents = dict(latents_dir=run / split, dynamics=stamp) if split != "random" else {}
-        store = common.FrameStore(data / split, args.game, k, 65_536, args.seed, device, **latents)
+        latents = stamp if split != "random" else None
+        store = common.FrameStore(args, split, k, device, latents)
         if store.frame_size != size:
-            common.fail(f"{path} needs frames of {size} pixels, not of {store.frame_size}")
+            common.fail(f"stage 1 was trained on frames of {size} pixels, not {store.frame_size}")
         rows = store.draw(args.points).sort()[0]
         rows = rows.unique() if split == "test" else rows  # no latent is its own neighbour
         windows = store.windows_at(rows)
-        z = store.z_at(rows).cpu().numpy() if latents else in_batches(idm, windows)
+        z = (store.z_at(rows) if latents else in_batches(idm, windows)).cpu().numpy()
         splits[split] = windows, z, common.true_actions_to_report_on(store, rows)
     windows, z, group = splits["test"]
     labelled, n = splits["train"][2] is not None and group is not None, len(z)
@@ -328,7 +310,7 @@ def main(args):
     for prefix, (fit, test) in pairs.items():
         probe = linear_probe(*fit[1:], *test[1:])
         metrics[f"{prefix}probe"], metrics[f"{prefix}majority"] = probe
-        fit_z, test_z = in_batches(untrained, fit[0]), in_batches(untrained, test[0])
+        fit_z, test_z = (in_batches(untrained, x[0]).cpu().numpy() for x in (fit, test))
         metrics[f"{prefix}probe_untrained"], _ = linear_probe(fit_z, fit[2], test_z, test[2])
 
     # --- groups of latents, and a latent for each: clusters or true actions
@@ -341,7 +323,8 @@ def main(args):
         metrics["mlp_probe"] = make_pipeline(StandardScaler(), mlp).fit(train_z, a).score(z, group)
         if args.supervised_steps > 0:
             train_supervised(supervised, store, args.supervised_steps)
-            metrics["supervised"] = (in_batches(supervised, windows).argmax(1) == group).mean()
+            guesses = in_batches(supervised, windows).argmax(1).cpu().numpy()
+            metrics["supervised"] = (guesses == group).mean()
         metrics["knn_purity"], metrics["knn_chance"] = knn_purity(z, group)
         metrics["silhouette"] = silhouette_score(z, group)
         # the mean of z, quantized: the FDM saw nothing between the codes

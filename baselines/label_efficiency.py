@@ -19,7 +19,6 @@ on a CPU      python -m baselines.label_efficiency --game miner --methods bc --l
                   --decoder-seeds 3 --labelled-steps 300 --clone-lr 1e-3
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -66,9 +65,9 @@ class Args(decode_offline.Args):
 # --- training -------------------------------------------------------------------------------------
 
 
-def load_windows(frames_dir, latents_dir, game, dynamics, context, rows, size, max_shards=16):
+def load_windows(frames_dir, latents_dir, dynamics, game, context, rows, size, max_shards=16):
     """uint8 (n, k + 2, S, S, 3): o_{t-k} .. o_{t+1} of the rows int [n] of load_labelled()."""
-    paths, start = common.list_shards(frames_dir, game), 0
+    paths, start = common.list_shards(frames_dir), 0
     paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, max_shards).astype(int))]
     windows = np.empty((len(rows), context + 2, size, size, 3), np.uint8)
     where = dict(game=game, context=context, latents_dir=latents_dir, dynamics=dynamics)
@@ -159,34 +158,32 @@ def play(policies, settings, args, device):
 def main(args):
     device = common.pick_device(args.device)
     data, run, game = args.data_dir / args.game, args.runs_dir / args.game, args.game
-    path, made_by = run / "latent_policy.pt", f"python train_latent_bc.py --game {game}"
-    checkpoint = common.load_checkpoint(path, "latent_policy", game, made_by)
+    checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", game)
     size, multiplier, k = (checkpoint[name] for name in ("frame_size", "multiplier", "context"))
     settings, stamp = checkpoint["settings"], checkpoint["dynamics"]
     seeds, num_actions = args.decoder_seeds, common.NUM_ACTIONS
 
     # --- results so far: LAPO's, and of methods that were run before
-    results, made_by = run / "decode_offline.npz", f"python decode_offline.py --game {game}"
+    results = run / "decode_offline.npz"
     nan, names = float("nan"), ("random_return", "expert_return")
     arrays = {name: settings.get(name, nan) for name in names}
     arrays["labels"], saved = np.array(args.labels), settings | asdict(args)
     if results.exists():
-        with common.reading(results, made_by), np.load(results, allow_pickle=False) as file:
-            arrays = dict(file)
-            saved = json.loads(str(arrays.pop("settings")))
-            found = dict(labels=tuple(arrays["labels"].tolist()), seed=saved["seed"])
+        arrays = common.load_npz(results)
+        saved = arrays.pop("settings")
+        found = dict(labels=tuple(arrays["labels"].tolist()), seed=saved["seed"])
         for flag, value in found.items():
             if value != getattr(args, flag):
                 common.fail(f"--{flag} is {getattr(args, flag)}, but {results} has {value}")
     control = args.untrained_dir / game / results.name
     if control.exists():
-        untrained = common.load_npz(control, ("labels", "returns"), made_by)
+        untrained = common.load_npz(control, ("labels", "returns"))
         if untrained["labels"].tolist() != list(args.labels):
             common.fail(f"--labels is {args.labels}, but {control} has {untrained['labels']}")
         arrays["returns_untrained"] = untrained["returns"]
 
     # --- data: the labelled rows of each seed and the held-out rows, both as in decode_offline.py
-    z, actions = load_labelled(data / "train", run / "train", game, stamp)
+    z, actions = load_labelled(data / "train", run / "train", stamp)
     if len(z) < (most := max(args.labels)):
         common.fail(f"{data / 'train'} has {len(z)} labelled rows, fewer than {most}")
 
@@ -194,27 +191,23 @@ def main(args):
         generator = torch.Generator().manual_seed(common.derive_seed(args.seed, f"labels {seed}"))
         return torch.randperm(len(z), generator=generator)[:most], generator
 
-    def open_split(split, pool_frames):
-        where = (data / split, game, k, pool_frames, args.seed, device)
-        return common.FrameStore(*where, latents_dir=run / split, dynamics=stamp)
-
     def new(network, count, *sizes):
         networks = [network(*sizes) for _ in range(count)]
         return [network.to(device, memory_format=torch.channels_last) for network in networks]
 
     rows = torch.stack([draw_rows(seed)[0] for seed in range(seeds)])  # (seeds, N)
     if {"bc", "vpt"} & set(args.methods):  # 300 MB for each seed, with 8,192 labels at 64x64
-        where = (data / "train", run / "train", game, stamp, k)
+        where = (data / "train", run / "train", stamp, game, k)
         windows = load_windows(*where, rows.flatten().numpy(), size).unflatten(0, rows.shape)
-    test = open_split("test", 65_536)
+    test = common.FrameStore(args, "test", k, device, stamp)
     test_rows = test.draw(4096)
     test_windows, test_z = test.windows_at(test_rows), test.z_at(test_rows)
     judged_on = common.true_actions_to_report_on(test, test_rows), game
 
     # --- train and judge; of the networks 0, 1, .. of a method, network d has seed d % seeds
     num_labels = [count for count in args.labels for _ in range(seeds)]
-    paths = common.list_shards(data / "train", game) if "bc_all" in args.methods else []
-    all_actions = {path: common.read_actions(path, game) for path in paths}
+    paths = common.list_shards(data / "train") if "bc_all" in args.methods else []
+    all_actions = {path: common.read_actions(path) for path in paths}
     on_labels = args.labelled_steps, args.clone_lr, args.label_smoothing
     on_all, batch, store = (args.clone_steps, args.clone_lr, 0.0), args.clone_batch_size, None
     for method in args.methods:
@@ -225,7 +218,8 @@ def main(args):
         generator = torch.Generator().manual_seed(args.seed)
         labelled = actions[rows], num_labels, batch, device, generator
         store = None  # releases its memory; a new one draws the same frames for each method
-        store = open_split("train", args.pool_frames) if method != "bc" else None
+        if method != "bc":
+            store = common.FrameStore(args, "train", k, device, stamp, args.pool_frames)
         if method == "vpt":
             labellers, inputs = new(IDM, count, size, k, multiplier, num_actions), test_windows
             train(labellers, lambda: draw_labelled(windows, *labelled), *on_labels, "vpt's IDMs")
@@ -253,19 +247,19 @@ def main(args):
             arrays[f"{name}_{method}"] = values if method == "bc_all" else values.reshape(-1, seeds)
         saved[f"settings_{method}"] = asdict(args)
         common.save_npz(results, saved, **arrays)
-        shown = {CURVES[name]: arrays[name] for name in CURVES if name in arrays}
-        shown = {
-            name: np.broadcast_to(x, (len(args.labels), x.shape[-1])) for name, x in shown.items()
-        }
+        shown = {}
+        for name in (name for name in CURVES if name in arrays):
+            shape = len(args.labels), arrays[name].shape[-1]
+            shown[CURVES[name]] = args.labels, np.broadcast_to(arrays[name], shape)
         lines = {"expert": arrays["expert_return"], "random policy": arrays["random_return"]}
         if "blind_return" in arrays:
             lines["actions drawn without looking"] = float(arrays["blind_return"])
         title = f"{game}, few labels: mean and std over seeds"
-        decode_offline.plot(run / "decode_offline.png", title, args.labels, shown, lines)
+        decode_offline.plot(run / "decode_offline.png", title, "labelled frames", shown, lines)
         for name, values in result.items():
             print(f"{method} {name}: {values.reshape(-1, seeds).mean(1).round(3)}")
     print(f"{'mean return with N labels':46}" + "".join(f"{count:8}" for count in args.labels))
-    for name, values in shown.items():
+    for name, (_, values) in shown.items():
         print(f"{name:46}" + "".join(f"{x:8.2f}" for x in values.mean(1)))
     print(", ".join(f"{name} {value:.2f}" for name, value in lines.items()))
     print(f"results: {results} and .png")

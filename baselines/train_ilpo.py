@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from train_latent_bc import LatentPolicy
-from train_latent_dynamics import FDM, perplexity, to_input
+from train_latent_dynamics import FDM, perplexity
 
 
 @dataclass
@@ -61,8 +61,6 @@ class Args:
     """Frames in memory at once (12 KB each at 64x64); more than that on disk are streamed."""
     eval_every: int = 2000
     """Gradient steps between evaluations, checkpoints and saved states."""
-    eval_windows: int = 4096
-    """Windows of each split to evaluate on."""
 
     context: int = 1
     """k: frames before o_t that the generator sees (LAPO's, A.4); pi sees o_t alone."""
@@ -96,7 +94,7 @@ def predict_all(generator, past, latents):
 
 def mse_of_each(predicted, windows):
     """predicted (B, K, 3, S, S), windows uint8 (B, k + 2, S, S, 3) -> mse of o_{t+1} (B, K)"""
-    return (predicted - to_input(windows[:, -1:])[:, None]).pow(2).mean((2, 3, 4))
+    return (predicted - common.to_input(windows[:, -1:])[:, None]).pow(2).mean((2, 3, 4))
 
 
 def mean_prediction(pi, predicted):
@@ -120,7 +118,7 @@ def ilpo_loss(policy, generator, windows, latents):
     latents are tried without gradients, then the nearest one is predicted again with them. So the
     first mse trains only the generator, for the nearest latent; the second only the policy.
     """
-    past, target = windows[:, :-1], to_input(windows[:, -1:])
+    past, target = windows[:, :-1], common.to_input(windows[:, -1:])
     generator.eval()  # running statistics: a prediction depends on no other window or latent
     with torch.no_grad():
         predicted = predict_all(generator, past, latents)  # (B, K, 3, S, S)
@@ -158,11 +156,13 @@ def evaluate(policy, generator, test_windows, probe_windows, probe_actions, late
         mse, nearest_latent = mse_of_each(predicted, windows).min(1)
         nearest.append(nearest_latent)
         pi.append(policy(windows[:, -2]).softmax(-1))
-        target, weight = to_input(windows[:, -1:]), len(windows) / len(test_windows)
+        target, weight = common.to_input(windows[:, -1:]), len(windows) / len(test_windows)
         mean_mse = F.mse_loss(mean_prediction(pi[-1], predicted), target)
         metrics["test_mse"] += weight * mse.mean().item()
         metrics["test_mean_mse"] += weight * mean_mse.item()
-        metrics["copy_mse"] += weight * F.mse_loss(to_input(windows[:, -2:-1]), target).item()
+        metrics["copy_mse"] += (
+            weight * F.mse_loss(common.to_input(windows[:, -2:-1]), target).item()
+        )
     nearest, pi = torch.cat(nearest).cpu().numpy(), torch.distributions.Categorical(torch.cat(pi))
     metrics["perplexity"] = perplexity(nearest, latents)  # of the nearest latents, K at most
     metrics["policy_entropy"] = pi.entropy().mean()  # of pi(z | o_t), in nats, log K at most
@@ -186,17 +186,12 @@ def main(args):
         common.fail(f"--latents {args.latents} leaves no choice of a latent; 2 or more do")
 
     # --- data: as in stage 1, latents are compared with actions on random play, if there is any
-    def open_split(split, pool_frames):
-        folder = data / split
-        return common.FrameStore(folder, args.game, args.context, pool_frames, args.seed, device)
-
-    store, test = open_split("train", args.pool_frames), open_split("test", 65_536)
-    random_play = (data / "random").exists()
-    probed = open_split("random", 65_536) if random_play else test
+    k, probe_split = args.context, "random" if (data / "random").exists() else "test"
+    store = common.FrameStore(args, "train", k, device, pool_frames=args.pool_frames)
+    test, probed = (common.FrameStore(args, split, k, device) for split in ("test", probe_split))
     if not store.frame_size == test.frame_size == probed.frame_size:
         common.fail(f"the splits of {data} differ in frame size")
-    test_windows = test.windows_at(test.draw(args.eval_windows))
-    rows = probed.draw(args.eval_windows).sort()[0]
+    test_windows, rows = test.windows_at(test.draw(4096)), probed.draw(4096).sort()[0]
     probe = probed.windows_at(rows), common.true_actions_to_report_on(probed, rows)
 
     # --- networks
@@ -208,12 +203,10 @@ def main(args):
     parameters = [*policy.parameters(), *generator.parameters()]
     optimizer = torch.optim.Adam(parameters, args.lr, betas=(args.adam_beta1, 0.999), fused=True)
     loss_function = torch.compile(ilpo_loss) if args.compile else ilpo_loss
-    counts = [sum(p.numel() for p in module.parameters()) for module in (policy, generator)]
     print(
-        f"ILPO: {args.grad_steps:,} updates of {args.batch_size} windows, {latents} latents each; "
-        f"{store.num_frames:,} frames of {args.game} at {size}x{size}, {len(store.obs):,} in "
-        f"memory; policy {counts[0]:,}, generator {counts[1]:,} parameters on {device}; latents "
-        f"compared with actions on {'random' if random_play else 'test'}"
+        f"ILPO: {args.grad_steps:,} updates of {args.batch_size} windows of {args.game}, {size}x"
+        f"{size}; {store.num_frames:,} frames, {len(store.obs):,} in memory; on {device}, "
+        f"{sum(p.numel() for p in parameters):,} parameters; probe on {probe_split} frames"
     )
 
     # --- training

@@ -92,7 +92,7 @@ FILES = [*dict.fromkeys([*(s.file for s in SERIES.values()), *LATENTS, *ILPO])]
 
 def read_file(path, game, seed):
     """Columns of a .csv; arrays of a .npz, its scale and ends (random and expert return)."""
-    with common.reading(path, f"the script that writes it, --game {game} --seed {seed}"):
+    with common.reading(path):
         keys = COLUMNS[path.name]
         if path.suffix == ".csv":
             rows = list(csv.DictReader(path.read_text().splitlines()))

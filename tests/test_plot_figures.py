@@ -5,6 +5,7 @@ import re
 import common
 import numpy as np
 import pytest
+from conftest import fails
 from results import plot_figures as figures
 
 RANDOM, EXPERT, _ = common.GAMES["miner"]
@@ -23,7 +24,7 @@ def save(folder, file, scale=LAPTOP, game="miner", seed=1, **arrays):
 def save_online(folder, returns, file="lapo/decode_online_rl_sl.npz", **where):
     """returns: after 100, 200, ... steps"""
     steps = 100 * np.arange(1, len(returns) + 1)
-    return save(folder, file, env_steps=steps, returns=returns, episodes=steps, **where)
+    return save(folder, file, env_steps=steps, returns=returns, **where)
 
 
 def save_csv(folder, file, text):
@@ -34,19 +35,6 @@ def save_csv(folder, file, text):
 
 def read(folder, seeds=(1, 2, 3)):
     return figures.Results(figures.read_runs(folder, seeds)[0])
-
-
-def run(folder, capsys, seeds=(1, 2)):
-    """What main() prints, and the names of its figures."""
-    figures.main(figures.Args(runs_dir=folder, seeds=seeds))
-    return capsys.readouterr().out, {path.name for path in folder.glob("figures/*")}
-
-
-def test_interpolation_by_hand():
-    x, y = np.array([10, 20, 30, 40]), np.array([1.0, np.nan, 3.0, 7.0])
-    found = figures.interpolate(np.array([5, 10, 20, 35, 41]), x, y)
-    np.testing.assert_allclose(found, [np.nan, 1, 2, 5, np.nan])
-    assert np.isnan(figures.interpolate(x, x, y * np.nan)).all()
 
 
 def test_means_over_seeds_and_games_by_hand():
@@ -63,7 +51,9 @@ def test_means_over_seeds_and_games_by_hand():
 
 
 def test_laptop_scale_is_normalized_by_the_runs_own_returns(tmp_path):
-    save_online(tmp_path, [1, 6, 11])
+    save_csv(tmp_path, "scratch/expert.csv", "env_step,mean_return\n100,1\n500,21\n")
+    assert figures.read_runs(tmp_path, (1,))[0] == {}  # nothing tells its scale
+    save_online(tmp_path, [1, np.nan, 11])  # NaN: no episode has ended since the point before
     save_online(tmp_path, [1, 1, 21], seed=2, scale=LAPTOP | dict(expert_return=21.0))
     results = read(tmp_path)
     curves, x = results.curves["lapo_rl_sl"]["miner"], results.x["lapo_rl_sl"]
@@ -71,11 +61,10 @@ def test_laptop_scale_is_normalized_by_the_runs_own_returns(tmp_path):
     np.testing.assert_allclose(curves[1][:, x == 150].ravel(), [3.5, 0.25])
     np.testing.assert_allclose(curves[2][:, -1], [21, 1])
     assert np.isnan(curves[1][:, x < 100]).all()
-
-
-def test_paper_scale_is_normalized_by_the_papers_returns(tmp_path):
-    save_online(tmp_path, [EXPERT] * 40_000, scale=PAPER)
-    assert np.nanmax(read(tmp_path).curves["lapo_rl_sl"]["miner"][1][1]) == 1
+    scratch = results.curves["ppo_scratch"]["miner"][1][:, -1]  # at step 300, not 500
+    np.testing.assert_allclose(scratch, [11, 10 / 15])  # by the mean expert of the game's files
+    save_online(tmp_path / "paper", [EXPERT] * 40_000, scale=PAPER)  # by the paper's returns
+    assert np.nanmax(read(tmp_path / "paper").curves["lapo_rl_sl"]["miner"][1][1]) == 1
 
 
 def test_offline_curves_and_controls(tmp_path, capsys):
@@ -89,29 +78,14 @@ def test_offline_curves_and_controls(tmp_path, capsys):
         np.testing.assert_allclose(results.curves[name]["miner"][1][0], y)
     x, mean, std = results.point("offline", ["miner"])
     assert x == 300 and mean.tolist() == [6, 0.5] and np.isnan(std).all()
-    figures.print_tables(results)
-    printed = capsys.readouterr().out.splitlines()
-    rows = {row[0]: row[-1] for row in (line.split(" | ") for line in printed) if len(row) == 5}
-    assert rows["offline > the same, untrained IDM"] == rows["offline > blind policy"] == "yes"
-    save(tmp_path, "untrained/decode_offline.npz", labels=labels, returns=[[0], [9]])
-    figures.print_tables(read(tmp_path))
-    printed = capsys.readouterr().out.splitlines()
-    assert next(x for x in printed if x.startswith("offline > the same")).endswith("| no")
+    for best, agrees in ((1, "yes"), (9, "no")):
+        save(tmp_path, "untrained/decode_offline.npz", labels=labels, returns=[[0], [best]])
+        figures.print_tables(read(tmp_path))
+        (row,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("offline > the")]
+        assert row.endswith(f"| {agrees}")
 
 
-def test_scratch_has_the_scale_of_the_games_other_files(tmp_path):
-    save_csv(tmp_path, "scratch/expert.csv", "env_step,mean_return\n100,1\n500,21\n")
-    assert figures.read_runs(tmp_path, (1,))[0] == {}
-    save_online(tmp_path, [1, 6, 11])
-    results = read(tmp_path)
-    assert results.x["ppo_scratch"][-1] == 300  # and not 500
-    np.testing.assert_allclose(results.curves["ppo_scratch"]["miner"][1][:, -1], [11, 1])
-
-
-def test_figures_tables_and_titles(tmp_path, capsys, monkeypatch):
-    titles, plt = [], figures.plt
-    close = plt.close
-    monkeypatch.setattr(plt, "close", lambda f: (titles.append(f.get_suptitle()), close(f)))
+def test_figures_and_tables(tmp_path, capsys):
     save_online(tmp_path, [1, 6, 11])
     save_online(tmp_path, [1, 6, 13], seed=2)
     save_online(tmp_path, [1, 2, 8], "ilpo/decode_online_rl.npz")
@@ -122,47 +96,34 @@ def test_figures_tables_and_titles(tmp_path, capsys, monkeypatch):
     probes = dict(zip(figures.PROBES, (0.9, 0.4, 0.2)), probe=0.8)
     xy = np.random.default_rng(0).normal(size=(30, 2))
     save(tmp_path, "lapo/latents.npz", xy=xy, action=np.arange(30) % 15, **probes)
-    output, written = run(tmp_path, capsys)
+    figures.main(figures.Args(runs_dir=tmp_path, seeds=(1, 2)))
+    output, written = capsys.readouterr().out, {path.name for path in tmp_path.glob("figures/*")}
     names = ("3", "3_games", "4", "5", "a5")  # no run without VQ, so no figure_a2.png
     assert written == {f"figure_{name}.png" for name in names}
-    scale = "laptop scale: 32x32, 10 levels, plain pictures"
-    assert len(titles) == 5 and all(scale in title for title in titles)
+    assert "32x32, 10 levels, plain pictures" in output
     assert re.search(r"LAPO: RL and SL +12.00 ± 1.41 \[1.10\] @300", output)
     assert re.search(r"LAPO, decoded offline +5.00 ± nan \[0.40\] @256", output)
     assert "0.90 (untrained IDM 0.40, majority 0.20)" in output
     assert "RL+SL > RL > RL no VQ > scratch | 0.99, 0.44 | 1.10 ± 0.14 @300, 0.30 ± nan" in output
     assert "scratch >= ILPO | 0.44, 0.27 | 0.30 ± nan @300, 0.70 ± nan @300 | 1 | no" in output
     assert "miner: missing lapo/decode_online_rl.npz" in output
-    assert re.search(r"ilpo/train_ilpo.csv[^;]* of seed 2", output)
 
 
 @pytest.mark.parametrize("game, scale", [("coinrun", PAPER), ("miner", LAPTOP | dict(plain=False))])
 def test_mixed_scales_are_refused(tmp_path, game, scale):
     first = save_online(tmp_path, [1, 2])
     second = save_online(tmp_path, [1, 2], "lapo/decode_online_rl.npz", game=game, scale=scale)
-    with pytest.raises(SystemExit) as error:
-        read(tmp_path)
-    assert str(first) in str(error.value) and str(second) in str(error.value)
-    assert "\n" not in str(error.value)
+    message = fails(read, tmp_path)
+    assert str(first) in message and str(second) in message
 
 
-def test_bad_files_give_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="no run in .* nothing is written"):
-        run(tmp_path, capsys)
-    assert list(tmp_path.iterdir()) == []
-    path = save_online(tmp_path, [1, 2])
-    whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", whole.replace(b"returns", b"retxrns")):
-        path.write_bytes(content)
-        with pytest.raises(SystemExit, match=f"^error: {path} is damaged .*$"):
-            read(tmp_path)
-    save_online(tmp_path, [1, 2], scale=LAPTOP | dict(seed=2))
-    with pytest.raises(SystemExit, match="was made with --game miner --seed 2"):
-        read(tmp_path)
-
-
-def test_a_run_that_stopped_early_is_named(tmp_path):
-    save_online(tmp_path, [1, 2], scale=LAPTOP | dict(env_steps=400))
+def test_bad_files_give_one_line_and_a_run_that_stopped_early_is_named(tmp_path):
+    assert "nothing is written" in fails(figures.main, figures.Args(runs_dir=tmp_path))
+    path = save_online(tmp_path, [1, 2], scale=LAPTOP | dict(env_steps=400))
     missing = figures.read_runs(tmp_path, (1, 3))[1]["miner"]
     assert missing["seed 1 after step 200"] == ["lapo/decode_online_rl_sl.npz"]
     assert "lapo/decode_online_rl_sl.npz" in missing["seed 3"]
+    path.write_bytes(path.read_bytes()[:300])
+    assert f"{path} is damaged" in fails(read, tmp_path)
+    save_online(tmp_path, [1, 2], scale=LAPTOP | dict(seed=2))
+    assert "was made with --game miner --seed 2" in fails(read, tmp_path)

@@ -1,15 +1,15 @@
 """A run that is killed and resumed ends with the same bytes as one that was not."""
 
 import os
+import select
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONLINE, STAGE_1, STAGE_2, fails, folders
-from test_collect_data import TINY
-
+from conftest import args_of, fails, run
+import baselines.train_ilpo as ilpo
 import collect_data
 import common
 import decode_online_ppo as online
@@ -19,15 +19,15 @@ import train_latent_dynamics as stage1
 
 def run_and_kill(script, args, updates_after_the_save):
     """Runs main() in a child process that SIGKILLs itself some updates after its first save."""
+    read_end, write_end = os.pipe()  # the child's own worker processes hold its end, too
     if child := os.fork():
+        os.close(write_end)
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        return
-    save_state, backward, counts = (
-        common.save_state,
-        torch.Tensor.backward,
-        dict(saves=0, updates=0),
-    )
+        assert select.select([read_end], [], [], 60)[0], "worker processes outlive the run"
+        return os.close(read_end)
+    save_state, backward = common.save_state, torch.Tensor.backward
+    counts = dict(saves=0, updates=0)
 
     def counting_save(*arguments, **keywords):
         save_state(*arguments, **keywords)
@@ -46,64 +46,52 @@ def run_and_kill(script, args, updates_after_the_save):
         os._exit(1)  # it should not get here
 
 
-SHORT = ONLINE | dict(env_steps=1536, log_every_steps=512, refit_until=1100)
-CASES = {
-    "stage 1": (stage1, STAGE_1 | dict(grad_steps=6), 1, "runs/maze"),
-    "stage 2": (stage2, STAGE_2 | dict(grad_steps=6), 1, "runs/maze"),
-    "online": (online, SHORT, 30, "runs/maze"),
-    "expert": (collect_data, TINY | dict(expert_steps=12 * 128, train_frames=0), 9, "."),
+CASES = {  # script: its flags, updates between save and kill, a file that it makes
+    stage1: (dict(grad_steps=6), 1, "latents_001.npz"),
+    stage2: (dict(grad_steps=6), 1, "latent_policy.pt"),
+    ilpo: (dict(grad_steps=6), 1, "ilpo_generator.pt"),
+    online: (dict(env_steps=1536, log_every_steps=512, refit_until=1100), 30, "rl_sl.npz"),
+    collect_data: (dict(expert_steps=12 * 128, train_frames=0), 9, "experts/bigfish.pt"),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_killed_run_ends_as_one_that_was_not(chain, tmp_path, case, monkeypatch):
-    script, flags, updates, products = CASES[case]
+@pytest.mark.parametrize("script", CASES, ids=lambda script: script.__name__)
+def test_a_killed_run_ends_as_one_that_was_not(chain, tmp_path, monkeypatch, script):
+    flags, updates, product = CASES[script]
     results = []
     for name in ("whole", "killed"):
         root = shutil.copytree(chain, tmp_path / name)
-        monkeypatch.chdir(root)
-        where = folders(Path("."))
-        if case == "expert":
-            where["experts_dir"] = Path("experts")
-        args = script.Args(**flags | where)
+        monkeypatch.chdir(root)  # files hold the flags, and so the folders
+        args = args_of(script, Path("."), **flags)
         if name == "killed":
             run_and_kill(script, args, updates)
             args.resume = True
         script.main(args)
-        files = sorted(
-            p for p in (root / products).rglob("*") if p.suffix in (".pt", ".npz", ".csv")
-        )
-        results.append({p.relative_to(root).as_posix(): p.read_bytes() for p in files})
+        files = (p for p in root.rglob("*.*") if p.suffix in (".pt", ".npz", ".csv"))
+        files = {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
+        results.append({p: x for p, x in files.items() if not p.endswith("_state.pt")})
     whole, killed = results
-    assert whole.keys() == killed.keys()
-    same = [p for p in whole if not p.endswith("_state.pt") and whole[p] == killed[p]]
-    assert [p for p in whole if p not in same and not p.endswith("_state.pt")] == []
-    made = {
-        "expert": "expert",
-        "online": "decode_online",
-        "stage 1": "latents_",
-        "stage 2": "policy",
-    }
-    assert any(made[case] in p for p in same)
+    assert whole.keys() == killed.keys() and any(path.endswith(product) for path in whole)
+    assert [path for path in whole if whole[path] != killed[path]] == []
 
 
-def test_a_finished_run_is_not_trained_again_and_another_seed_is_refused(chain, tmp_path):
-    root = shutil.copytree(chain, tmp_path / "chain")
+def test_readers_die_with_a_killed_run(chain, tmp_path):
+    """A shard is larger than a pipe holds, so a reader waits until somebody takes it."""
+    shutil.copytree(chain, tmp_path / "chain")
+    run_and_kill(stage2, args_of(stage2, tmp_path / "chain", pool_frames=1, grad_steps=99), 1)
+
+
+def test_a_finished_run_is_not_trained_again_and_another_seed_is_refused(root):
     path = root / "runs/maze/latent_policy.pt"
     before = path.read_bytes()
-    stage2.main(stage2.Args(**folders(root), **STAGE_2, resume=True))
-    assert path.read_bytes() == before
-    args = stage2.Args(**folders(root), **STAGE_2, resume=True, seed=2)
-    assert "--seed is 2" in fails(stage2.main, args)
+    run(stage2, root, resume=True)
+    assert "--seed is 2" in fails(run, stage2, root, resume=True, seed=2)
     assert path.read_bytes() == before
 
 
-def test_a_finished_stage_1_that_stops_while_it_labels_again_keeps_its_latents(
-    chain, tmp_path, monkeypatch
-):
-    root = shutil.copytree(chain, tmp_path / "chain")
+def test_a_stage_1_that_stops_while_it_labels_again_keeps_its_latents(root, monkeypatch):
     before = {path: path.read_bytes() for path in root.glob("runs/maze/*/latents_*.npz")}
     monkeypatch.setattr(common, "save_npz", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        stage1.main(stage1.Args(**folders(root), **STAGE_1, resume=True))
+        run(stage1, root, resume=True)
     assert len(before) == 4 and all(path.read_bytes() == x for path, x in before.items())
