@@ -40,15 +40,7 @@ from train_latent_dynamics import FDM, perplexity
 
 
 @dataclass
-class Args:
-    game: str = "bigfish"
-    """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
-    seed: int = 1
-    """Seeds networks, samples and the games themselves."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    data_dir: Path = Path("data")
-    """Frames and labels are in <data-dir>/<game>."""
+class Args(common.RunArgs):
     runs_dir: Path = Path("runs/ilpo")
     """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
     resume: bool = False

@@ -2,7 +2,6 @@
 
 import csv
 
-import pytest
 from conftest import run, write_toy_data
 import train_latent_dynamics as stage1
 
@@ -19,6 +18,5 @@ def test_stage_1_finds_the_hidden_actions(tmp_path):
     with open(tmp_path / "runs/toy/train_latent_dynamics.csv") as file:
         rows = [{k: float(x) for k, x in row.items()} for row in csv.DictReader(file)]
     untrained, trained = rows[0], rows[-1]
-    assert untrained["majority"] == pytest.approx(0.2, abs=0.06)
-    assert untrained["probe"] < 0.5
+    assert untrained["majority"] < 0.3 and untrained["probe"] < 0.5
     assert trained["probe"] > 0.9 and trained["test_mse"] < 0.65 * trained["copy_mse"]
