@@ -29,15 +29,15 @@ test: .venv/installed
 	@touch $@
 
 # The paper's method with smaller flags: miner on all levels in plain pictures at 32x32, played by
-# a solver, half-width networks. How game and flags were chosen: results/LOG.md.
+# a solver, small networks. How game and flags were chosen: results/LOG.md.
 DEMO = --game miner --seed $(SEED) --device cpu --data-dir demo/data --runs-dir demo/$(1)
 DEMO_1 = --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --predict-change
-DEMO_2 = --grad-steps 2000 --lr 1e-3 --multiplier 0.5 --warmup-steps 100 --standardize --eval-every 500
+DEMO_2 = --grad-steps 2000 --lr 1e-3 --multiplier 1 --warmup-steps 100 --standardize --eval-every 500
 DEMO_3 = --labels 16 256 --decoder-seeds 3 --episodes 32
 demo: .venv/installed
-	@echo "The demo takes about 20 minutes on 2 CPU cores, 4 GB of memory and 0.2 GB of disk."
+	@echo "The demo takes about 16 minutes on 2 CPU cores, 4 GB of memory and 0.2 GB of disk."
 	$(PY) collect_data.py $(call DEMO,runs) --solver --plain --frame-size 32 --train-frames 262_144 --test-frames 16_384 --random-frames 16_384 --overwrite
-	$(PY) train_latent_dynamics.py $(call DEMO,runs) $(DEMO_1) --grad-steps 3000 --eval-every 500
+	$(PY) train_latent_dynamics.py $(call DEMO,runs) $(DEMO_1) --grad-steps 2500 --eval-every 500
 	$(PY) train_latent_bc.py $(call DEMO,runs) $(DEMO_2)
 	$(PY) decode_offline.py $(call DEMO,runs) $(DEMO_3)
 	@echo "Controls: the same on an untrained IDM, and cloning the labelled frames alone."
@@ -71,7 +71,7 @@ paper: .venv/installed
 	$(PY) decode_online_ppo.py $(call RUN,ilpo) --method rl --resume
 	$(PY) collect_data.py $(call RUN,scratch) --train-frames 0 --expert-steps 4_000_000 --expert-multiplier 4 --experts-dir runs/scratch/seed_$(SEED) --resume
 
-# Laptop scale: plain pictures at 32x32, all levels, half-width networks, recordings of a solver.
+# Laptop scale: plain pictures at 32x32, all levels, small networks, recordings of a solver.
 SMALL = --game $(GAME) --seed $(SEED) --device cpu --data-dir laptop/data --runs-dir laptop/runs/$(1)/seed_$(SEED)
 SMALL_1 = --multiplier 0.5 --fdm-width 8 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --eval-every 500
 SMALL_STEPS = --grad-steps $(if $(filter heist,$(GAME)),6000,3000)
