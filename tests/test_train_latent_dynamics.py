@@ -199,12 +199,13 @@ def test_latents_are_those_of_a_naive_loop(chain):
                 assert (latents["codes"][i] == quantizer(own_z)[2][0].numpy()).all()
 
 
-def test_it_trains_the_same_without_labels_and_with_the_same_seed(chain, tmp_path):
+def test_it_trains_the_same_without_labels_and_with_the_same_seed(chain, tmp_path, capsys):
     """Action-free: label files only add metrics."""
     write_toy_data(tmp_path)
     for path in tmp_path.rglob("labels_*.npz"):
         path.unlink()
     run(stage1, tmp_path)
+    assert "the codebooks have collapsed" in capsys.readouterr().out  # after four updates
     runs = [folder / "runs/maze" for folder in (chain, tmp_path)]
     one, other = ((r / "latent_dynamics.pt").read_bytes() for r in runs)
     assert one == other
