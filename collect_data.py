@@ -30,6 +30,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
+try:
+    import fcntl
+except ImportError:  # Windows has no file locks of this kind
+    fcntl = None
+
 
 @dataclass
 class Args(common.RunArgs):
@@ -258,11 +263,15 @@ def record(args, settings, act, num_frames, folder):
 
     act: obs uint8 [B, S, S, 3] -> actions int [B]. The folder appears when it is complete.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # released when the process ends
+    try:
+        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        common.fail(f"another run is recording {folder}")
     part = folder.with_name(f"{folder.name}.part")
-    if part.exists() and not (args.overwrite or args.resume):
-        common.fail(f"{part} is there: another run records it, or was killed (then --resume)")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    part.mkdir()
     envs = make_games(args, settings, folder.name)
     b, s, steps = args.num_envs, args.frame_size, -(-num_frames // args.num_envs)
     bar, pending = common.progress_bar(steps * b, "frame", folder.name), []

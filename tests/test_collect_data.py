@@ -1,6 +1,7 @@
 """The expert's PPO, and recording: every frame beside its own action and reward."""
 
 import csv
+import fcntl
 
 import numpy as np
 import pytest
@@ -147,8 +148,10 @@ def test_frames_that_are_there_are_not_replaced_unless_asked(recorded, tmp_path)
     part.mkdir(parents=True)  # of a run that was killed
     (part / "frames_999.npz").write_bytes(b"")
     (tmp_path / "experts").symlink_to(recorded / "experts")
-    assert "train.part is there" in fails(run, collect_data, tmp_path)
-    run(collect_data, tmp_path, resume=True)  # the same seed, the same files
+    with open(tmp_path / "data/bigfish/.train.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is recording" in fails(run, collect_data, tmp_path)
+    run(collect_data, tmp_path)  # the same seed, the same files
     assert before == contents(tmp_path)
 
 
