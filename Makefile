@@ -85,13 +85,12 @@ laptop: .venv/installed
 	$(PY) train_latent_dynamics.py $(call SMALL,untrained) $(SMALL_1) --grad-steps 0
 	$(PY) train_latent_bc.py $(call SMALL,untrained) $(SMALL_2) --resume
 	$(PY) decode_offline.py $(call SMALL,untrained) $(SMALL_3)
-	$(PY) -m baselines.label_efficiency $(call SMALL,lapo) $(SMALL_3) --methods bc --untrained-dir laptop/runs/untrained/seed_$(SEED) --labelled-steps 300 --clone-lr 1e-3
+	$(PY) -m baselines.label_efficiency $(call SMALL,lapo) $(SMALL_3) --methods bc bc_all --clone-steps 5000 --untrained-dir laptop/runs/untrained/seed_$(SEED) --labelled-steps 300 --clone-lr 1e-3
 	$(PY) decode_online_ppo.py $(call SMALL,lapo) --method rl_sl --env-steps 524_288 --log-every-steps 32_768 --resume
 	$(PY) visualize_latents.py $(call SMALL,lapo) --supervised-steps 500
 	$(PY) collect_data.py $(call SMALL,scratch) --train-frames 0 --plain --frame-size 32 --expert-steps 524_288 --expert-multiplier 0.5 --experts-dir laptop/runs/scratch/seed_$(SEED) --minibatches 16 --resume
 
 laptop-ablations: .venv/installed
-	$(PY) -m baselines.label_efficiency $(call SMALL,lapo) $(SMALL_3) --methods bc_all --clone-steps 5000 --clone-lr 1e-3
 	$(PY) decode_online_ppo.py $(call SMALL,lapo) --method rl --env-steps 524_288 --log-every-steps 32_768 --resume
 	$(PY) train_latent_dynamics.py $(call SMALL,no_vq) $(SMALL_1) $(SMALL_STEPS) --no-vq --resume
 	$(PY) train_latent_bc.py $(call SMALL,no_vq) $(SMALL_2) --resume

@@ -54,7 +54,7 @@ class Args(common.RunArgs):
     frame_size: Literal[64, 32, 16] = 64
     """Side of the frames in pixels; below 64 (the paper's), means of blocks."""
     num_levels: int = 0
-    """Number of levels of the training frames, from 0 on; 0: all (the paper's)."""
+    """Train on levels 0 .. n - 1 and test on the next n; 0 means all levels (the paper's)."""
     plain: bool = False
     """No backgrounds, one theme, monochrome assets: the same games and rules, in plain pictures in
     which actions are a larger part of what changes. For laptops, not in the paper."""
@@ -230,9 +230,9 @@ def train_expert(args, settings, device, path):
                 optimizer.step()
         log.bar.update(t * b)
 
+        env_step = update * t * b
         if update % 5 == 0 or update == updates:  # every 82k steps at the paper's settings
-            env_step = update * t * b
-            common.check_finite(update * t * b, run / "expert.pt", policy)
+            common.check_finite(env_step, run / "expert.pt", policy)
             returns = [episode_return for _, episode_return in envs.finished]
             mean_return = float(np.mean(returns)) if returns else float("nan")
             envs.finished.clear()
@@ -372,8 +372,8 @@ def main(args):
     expert = common.load_checkpoint(path, "expert", args.game)
     for name, value in settings.items():
         if expert["settings"][name] != value:
-            flag = name.replace("_", "-")
-            common.fail(f"{path} was trained with --{flag} {expert['settings'][name]}, not {value}")
+            found = expert["settings"][name]
+            common.fail(f"{path} was trained with {name} {found}, not {value}; see --experts-dir")
     policy = ExpertPolicy(args.frame_size, expert["multiplier"])
     policy.load_state_dict(expert["policy"])
     policy.to(device, memory_format=torch.channels_last).eval()

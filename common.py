@@ -71,7 +71,7 @@ def normalize_return(value, random_return, expert_return):
 
 @dataclass
 class RunArgs:
-    """The flags that all scripts share."""
+    """The flags of every script that works on a game."""
 
     game: str = "bigfish"
     """One of Procgen's 16 games; in stages 1 and 2, the name of any folder of frames."""
@@ -87,7 +87,7 @@ class RunArgs:
 
 def fail(message):
     """Ends the run with one line on stderr and exit status 1."""
-    for bar in list(getattr(tqdm, "_instances", ())):
+    for bar in list(tqdm._instances):  # otherwise the line is glued to a progress bar
         bar.close()
     raise SystemExit(f"error: {message}")
 
@@ -238,27 +238,28 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
-WRITTEN_BY = dict(  # files' names start so
-    frames="collect_data.py", labels="collect_data.py", latents="train_latent_dynamics.py",
-    latent_dynamics="train_latent_dynamics.py", latent_policy="train_latent_bc.py",
-    decode_offline="decode_offline.py", decode_online="decode_online_ppo.py",
-)  # fmt: skip
+WRITTEN_BY = {  # what a file's name starts with: the script that writes it
+    "frames_": "collect_data.py", "labels_": "collect_data.py",
+    "latents_": "train_latent_dynamics.py", "latent_dynamics": "train_latent_dynamics.py",
+    "latent_policy": "train_latent_bc.py", "decode_offline": "decode_offline.py",
+    "decode_online": "decode_online_ppo.py", "latents.npz": "visualize_latents.py",
+}  # fmt: skip
 
 
 @contextlib.contextmanager
 def reading(path):
     """Ends the run with one line if `path` is missing or damaged."""
-    scripts = [script for name, script in WRITTEN_BY.items() if Path(path).name.startswith(name)]
-    remedy = f"run: python {scripts[0]}" if scripts else "make it again"
+    scripts = [script for start, script in WRITTEN_BY.items() if Path(path).name.startswith(start)]
+    remedy = f"; {scripts[0]} writes it" if scripts else ""
     try:
         yield
     except FileNotFoundError:
-        fail(f"{path} is missing; {remedy}")
+        fail(f"{path} is missing{remedy}")
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # zipfile, zlib, pickle, KeyError, EOFError, ValueError and others
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"{path} is damaged ({reason}); {remedy}")
+        fail(f"{path} is damaged ({reason}){remedy}")
 
 
 def save_npz(path, settings, **arrays):
@@ -278,19 +279,22 @@ def load_npz(path, keys=None):
         return {key: file[key] for key in keys or file.files} | dict(settings=settings)
 
 
+FORMAT = 2  # of checkpoints; 1 had other names of weights
+
+
 def save_checkpoint(path, **content):
     """Tensors and plain Python values only, so that it loads with weights_only=True."""
     with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+        torch.save(dict(format=FORMAT) | content, temporary)
 
 
 def load_checkpoint(path, kind, game):
     """The dict that save_checkpoint() wrote, on the CPU."""
     with reading(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found = (content["kind"], content["game"])
-    if found != (kind, game):
-        fail(f"{path} is a {found[0]} of {found[1]}, not a {kind} of {game}")
+        found = f"{content['kind']} of {content['game']}, format {content.get('format', 1)}"
+    if found != (expected := f"{kind} of {game}, format {FORMAT}"):
+        fail(f"{path} holds {found}, not {expected}")
     return content
 
 
@@ -311,7 +315,7 @@ def to_input(frames):
 def list_shards(folder):
     """Sorted paths of frames_NNN.npz; a folder without any ends the run."""
     paths = sorted(Path(folder).glob("frames_*.npz"))
-    return paths or fail(f"{folder} has no frames_*.npz; run: python collect_data.py")
+    return paths or fail(f"{folder} has no frames_*.npz; collect_data.py writes them")
 
 
 def read_frames(path, game):
@@ -334,9 +338,7 @@ def read_latents(frames_path, latents_dir, dynamics):
     path = latents_dir / frames_path.name.replace("frames", "latents")
     z, valid, settings = load_npz(path, ("z", "valid")).values()
     if settings.get("dynamics") != dynamics:
-        fail(
-            f"{path} is of another run of stage 1 than the checkpoint; run: train_latent_dynamics.py"
-        )
+        fail(f"{path} is of another run of stage 1; repeat stage 1 (--resume), then stage 2")
     return z, valid
 
 
@@ -397,7 +399,7 @@ class FrameStore:
     """
 
     def __init__(self, args, split, context, device, dynamics=None, pool_frames=65_536):
-        """dynamics: the fingerprint of the stage 1 run whose latents z_at() returns."""
+        """args: RunArgs, for folders and seed; dynamics: see read_latents(), for z_at()."""
         self.folder, self.game = args.data_dir / args.game / split, args.game
         self.context, self.device = context, device
         paths = list_shards(self.folder)
@@ -484,7 +486,9 @@ def true_actions_to_report_on(store, rows):
 def check_finite(step, path, *modules):
     """Ends the run if a weight is not finite, before `path` is overwritten."""
     if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
-        fail(f"the loss is not finite at step {step}; {path} stays as it was; try a lower --lr")
+        fail(
+            f"the loss is not finite at step {step}; {path} stays as it was; try a lower learning rate"
+        )
 
 
 def save_state(path, args, step, parts, **values):

@@ -146,7 +146,9 @@ def load_labelled(frames_dir, latents_dir, dynamics, max_shards=16):
 
 
 def plot(path, title, xlabel, curves, references):
-    """Figures 3 and 4 of one game: {name: (x [L], returns [L, seeds])}, {name: one return}."""
+    """Figures 3 and 4 of one game: curves {name: (x [L], returns [L, seeds])}, references {name:
+    return}.
+    """
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     for color, (name, (x, returns)) in enumerate(curves.items()):
         mean, std = returns.mean(1), returns.std(1)
@@ -157,6 +159,8 @@ def plot(path, title, xlabel, curves, references):
     axes.set(xlabel=xlabel, ylabel="mean episodic return", title=title)
     if xlabel == "labelled frames":
         axes.set_xscale("log", base=2)
+    else:
+        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     figure.legend(loc="outside lower center", fontsize="small", ncols=2)
     with common.atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
@@ -223,13 +227,12 @@ def main(args):
     env_seed = common.derive_seed(args.seed, "decode offline")
     envs = common.ProcgenEnvs(settings, num_envs, env_seed)
     returns = common.evaluate(envs, act, quota).reshape(*shape, -1).mean(-1)
-    blind_return = common.evaluate(
-        common.ProcgenEnvs(settings, 64, env_seed), act_blindly, 4
-    ).mean()
+    envs = common.ProcgenEnvs(settings, 64, env_seed)
+    blind_return = common.evaluate(envs, act_blindly, 4).mean()
 
     # --- save first, then print
-    means = [settings.get(f"{name}_return", float("nan")) for name in ("random", "expert")]
-    random_return, expert_return = means
+    names = ("random_return", "expert_return")
+    random_return, expert_return = (settings.get(name, float("nan")) for name in names)
     common.save_npz(
         run / "decode_offline.npz", settings | asdict(args), labels=np.array(args.labels),
         returns=returns, accuracy=accuracy, policy_accuracy=policy_accuracy,

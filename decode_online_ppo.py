@@ -307,7 +307,7 @@ def main(args):
         path = run / "latent_dynamics.pt"
         dynamics = common.load_checkpoint(path, "latent_dynamics", args.game)
         if dynamics["fingerprint"] != checkpoint["dynamics"]:
-            common.fail(f"latent_policy.pt imitates another run of stage 1 than {path}")
+            common.fail(f"{path} is of another run of stage 1 than latent_policy.pt; run stage 2")
         idm = IDM(size, k, dynamics["multiplier"], z_dim)
         idm.load_state_dict(dynamics["idm"])
         idm.to(device, memory_format=torch.channels_last)
@@ -332,8 +332,9 @@ def main(args):
     actions = torch.zeros(t, b, dtype=torch.long, device=device)
     logprobs, rewards = torch.zeros(t, b, device=device), torch.zeros(t, b, device=device)
     values = torch.zeros(t + 1, b, device=device)
-    z_seen = torch.zeros(0, z_dim, dtype=torch.half, device=device)  # of all rollouts until the
-    actions_seen = torch.zeros(0, dtype=torch.long, device=device)  # decoder's last fit
+    # of all rollouts until the decoder's last fit
+    z_seen = torch.zeros(0, z_dim, dtype=torch.half, device=device)
+    actions_seen = torch.zeros(0, dtype=torch.long, device=device)
     frames[-1] = torch.from_numpy(envs.obs)
 
     @torch.no_grad()

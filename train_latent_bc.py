@@ -161,7 +161,7 @@ def main(args):
 
     # --- training
     output, state = run / "latent_policy.pt", run / "train_latent_bc_state.pt"
-    parts = dict(policy=policy, optimizer=optimizer, schedule=schedule, draws=store.generator)
+    parts = dict(policy=policy, optimizer=optimizer, schedule=schedule, sampler=store.generator)
     start, _ = common.load_state(state, args, parts)
     log = common.MetricsLog(run / "train_latent_bc.csv", args.grad_steps, "step", start)
     for grad_step in range(start + 1, args.grad_steps + 1):

@@ -312,7 +312,8 @@ def main(args):
     # no memory of places can pass. Without it (own videos), the held-out frames are probed.
     k, probe_split = args.context, "random" if (data / "random").exists() else "test"
     store = common.FrameStore(args, "train", k, device, pool_frames=args.pool_frames)
-    test, probed = (common.FrameStore(args, split, k, device) for split in ("test", probe_split))
+    test = common.FrameStore(args, "test", k, device)
+    probed = test if probe_split == "test" else common.FrameStore(args, "random", k, device)
     if not store.frame_size == test.frame_size == probed.frame_size:
         common.fail(f"the splits of {data} differ in frame size")
     test_windows, rows = test.windows_at(test.draw(4096)), probed.draw(4096).sort()[0]
@@ -341,7 +342,7 @@ def main(args):
     # --- training
     output, state = run / "latent_dynamics.pt", run / "train_latent_dynamics_state.pt"
     parts = dict(idm=idm, quantizer=quantizer, fdm=fdm, optimizer=optimizer, schedule=schedule)
-    parts["draws"] = store.generator
+    parts["sampler"] = store.generator
     start, _ = common.load_state(state, args, parts)
     log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step", start)
     mse = commitment_loss = float("nan")
@@ -367,8 +368,8 @@ def main(args):
             break
         windows = store.windows_at(store.draw(args.batch_size))
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            losses = loss_function(idm, quantizer, fdm, windows, args.commitment_cost)
-        loss, mse, commitment_loss = losses
+            terms = loss_function(idm, quantizer, fdm, windows, args.commitment_cost)
+        loss, mse, commitment_loss = terms
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

@@ -97,9 +97,11 @@ def code_metrics(codes, codebooks, embeddings):
 def fdm_mse(fdm, windows, latents):
     """mse of the FDM with latents {name: (N, Z)} on windows (N, k + 2, S, S, 3), and of copying."""
     copied, target = (common.to_input(windows[:, i, None]) for i in (-2, -1))
-    frames = {name: in_batches(fdm, windows[:, :-1], z) for name, z in latents.items()}
-    frames["copy"] = copied
-    return {f"fdm_mse_{name}": F.mse_loss(x, target).item() for name, x in frames.items()}
+    mse = dict(fdm_mse_copy=F.mse_loss(copied, target).item())
+    for name, z in latents.items():
+        predicted = in_batches(fdm, windows[:, :-1], z)
+        mse[f"fdm_mse_{name}"] = F.mse_loss(predicted, target).item()
+    return mse
 
 
 def project(z, method, seed):
@@ -206,10 +208,8 @@ def plot_fdm(path, fdm, windows, z_q, group_z_q, group, names, title):
     change = (windows[:, -1].float() - windows[:, -2]).square().mean((1, 2, 3)).cpu().numpy()
     order = np.argsort(change)  # shown: the upper quartile of a group, where something changes
     rows = [x[len(x) * 3 // 4] for x in (order[group[order] == g] for g in shown[:4])]
-    past, now, after = (
-        windows[rows, :-1],
-        *(common.to_input(windows[rows, i, None]) for i in (-2, -1)),
-    )
+    past = windows[rows, :-1]
+    now, after = (common.to_input(windows[rows, i, None]) for i in (-2, -1))
     given = torch.stack([fdm(past, group_z_q[[g] * len(rows)]) for g in shown])  # (G, R, 3, S, S)
     frames = torch.stack([now, after, fdm(past, z_q[rows]), *given])  # (3 + G, R, 3, S, S)
     # the FDM's mistakes are the same for every latent, so predictions are compared to each other

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from decode_offline import ActionDecoder, LatentPolicy, fit_decoder, load_labelled, sample_actions
-from train_latent_dynamics import IDM
+from train_latent_dynamics import IDM, in_batches
 
 CURVES = {  # arrays of decode_offline.npz and their names in the plot
     "returns": "LAPO: decoder on the latent policy",
@@ -135,7 +135,7 @@ def draw_true_labels(store, actions, num_policies, batch_size):
 @torch.no_grad()
 def accuracies(networks, inputs, true_actions, game):
     """[D]: each network's accuracy on held-out inputs (N, ...), actions of equal effect merged."""
-    outputs = [torch.cat([net(part) for part in inputs.split(512)]) for net in networks]
+    outputs = [in_batches(network, inputs) for network in networks]
     guesses = common.distinct_actions(game)[torch.stack(outputs).argmax(-1).cpu().numpy()]
     return (guesses == true_actions).mean(1)
 

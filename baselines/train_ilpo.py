@@ -24,7 +24,7 @@ one level     python collect_data.py --game coinrun --num-levels 1 --data-dir da
               python -m baselines.train_ilpo --game coinrun --latents 4 --data-dir data/one_level
                   --runs-dir runs/ilpo_one_level
 on a CPU      python -m baselines.train_ilpo --game miner --latents 4 --multiplier 0.5 --fdm-width 8
-                  --batch-size 32 --lr 1e-3 --grad-steps 1000 --eval-windows 512 --eval-every 250
+                  --batch-size 32 --lr 1e-3 --grad-steps 1000 --eval-every 250
 """
 
 from dataclasses import dataclass
@@ -148,13 +148,12 @@ def evaluate(policy, generator, test_windows, probe_windows, probe_actions, late
         mse, nearest_latent = mse_of_each(predicted, windows).min(1)
         nearest.append(nearest_latent)
         pi.append(policy(windows[:, -2]).softmax(-1))
-        target, weight = common.to_input(windows[:, -1:]), len(windows) / len(test_windows)
+        copied, target = (common.to_input(windows[:, i, None]) for i in (-2, -1))
+        weight = len(windows) / len(test_windows)
         mean_mse = F.mse_loss(mean_prediction(pi[-1], predicted), target)
         metrics["test_mse"] += weight * mse.mean().item()
         metrics["test_mean_mse"] += weight * mean_mse.item()
-        metrics["copy_mse"] += (
-            weight * F.mse_loss(common.to_input(windows[:, -2:-1]), target).item()
-        )
+        metrics["copy_mse"] += weight * F.mse_loss(copied, target).item()
     nearest, pi = torch.cat(nearest).cpu().numpy(), torch.distributions.Categorical(torch.cat(pi))
     metrics["perplexity"] = perplexity(nearest, latents)  # of the nearest latents, K at most
     metrics["policy_entropy"] = pi.entropy().mean()  # of pi(z | o_t), in nats, log K at most
@@ -180,7 +179,8 @@ def main(args):
     # --- data: as in stage 1, latents are compared with actions on random play, if there is any
     k, probe_split = args.context, "random" if (data / "random").exists() else "test"
     store = common.FrameStore(args, "train", k, device, pool_frames=args.pool_frames)
-    test, probed = (common.FrameStore(args, split, k, device) for split in ("test", probe_split))
+    test = common.FrameStore(args, "test", k, device)
+    probed = test if probe_split == "test" else common.FrameStore(args, "random", k, device)
     if not store.frame_size == test.frame_size == probed.frame_size:
         common.fail(f"the splits of {data} differ in frame size")
     test_windows, rows = test.windows_at(test.draw(4096)), probed.draw(4096).sort()[0]
@@ -189,7 +189,7 @@ def main(args):
     # --- networks
     size, latents = store.frame_size, args.latents
     policy = LatentPolicy(size, args.multiplier, latents)
-    generator = FDM(size, args.context, latents, args.fdm_width, predict_change=True)
+    generator = FDM(size, k, latents, args.fdm_width, predict_change=True)
     for module in (policy, generator):
         module.to(device, memory_format=torch.channels_last)
     parameters = [*policy.parameters(), *generator.parameters()]
@@ -203,7 +203,7 @@ def main(args):
 
     # --- training
     output, state = run / "latent_policy.pt", run / "train_ilpo_state.pt"
-    parts = dict(policy=policy, generator=generator, optimizer=optimizer, draws=store.generator)
+    parts = dict(policy=policy, generator=generator, optimizer=optimizer, sampler=store.generator)
     start, _ = common.load_state(state, args, parts)
     log = common.MetricsLog(run / "train_ilpo.csv", args.grad_steps, "step", start)
     for grad_step in range(start + 1, args.grad_steps + 1):
@@ -224,12 +224,12 @@ def main(args):
                 log.bar.write("warning: one latent stands for nearly every change (collapse)")
             common.save_checkpoint(
                 run / "ilpo_generator.pt", kind="ilpo_generator", game=args.game,
-                grad_step=grad_step, settings=store.settings, frame_size=size, context=args.context,
+                grad_step=grad_step, settings=store.settings, frame_size=size, context=k,
                 latents=latents, fdm_width=args.fdm_width, generator=generator.state_dict(),
             )  # fmt: skip
             common.save_checkpoint(
                 output, kind="latent_policy", game=args.game, grad_step=grad_step,
-                settings=store.settings, frame_size=size, context=args.context, z_dim=latents,
+                settings=store.settings, frame_size=size, context=k, z_dim=latents,
                 multiplier=args.multiplier, dynamics=common.fingerprint(generator),
                 policy=policy.state_dict(),
             )  # fmt: skip

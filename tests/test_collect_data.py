@@ -157,8 +157,8 @@ def test_frames_that_are_there_are_not_replaced_unless_asked(recorded, tmp_path)
 
 def test_an_expert_of_other_games_and_impossible_flags_are_refused(recorded):
     for words, flags in {
-        "--frame-size 16, not 32": dict(frame_size=32),  # the expert's
-        "--num-levels 0, not 4": dict(num_levels=4),
+        "frame_size 16, not 32": dict(frame_size=32),  # the expert's
+        "num_levels 0, not 4": dict(num_levels=4),
         "not one of Procgen's": dict(game="coinrum"),
         "--minibatches": dict(minibatches=500),
         "--solver plays maze, heist, miner": dict(solver=True),

@@ -106,12 +106,12 @@ def test_missing_damaged_and_foreign_files_give_one_line(tmp_path):
     def refusal(game="maze"):
         return fails(common.load_checkpoint, path, "latent_policy", game)
 
-    assert refusal().endswith("is missing; run: python train_latent_bc.py")
+    assert refusal().endswith("is missing; train_latent_bc.py writes it")
     common.save_checkpoint(path, kind="latent_policy", game="maze", x=torch.ones(1000))
     assert common.load_checkpoint(path, "latent_policy", "maze")["x"].sum() == 1000
-    assert "not a latent_policy of miner" in refusal("miner")
+    assert "not latent_policy of miner" in refusal("miner")
     path.write_bytes(path.read_bytes()[:2000])
-    assert "is damaged" in refusal() and refusal().endswith("train_latent_bc.py")
+    assert "is damaged" in refusal() and refusal().endswith("train_latent_bc.py writes it")
     torch.save(
         dict(kind="latent_policy", game="maze", code=types.SimpleNamespace()), path
     )  # needs pickle

@@ -223,7 +223,7 @@ def test_bad_input_gives_one_line_before_training(tmp_path):
     test.write_bytes(test.read_bytes()[:300])
     assert "frames_000.npz is damaged" in fails(run, stage1, root)
     test.unlink()
-    assert "run: python collect_data.py" in fails(run, stage1, root)
+    assert "collect_data.py writes them" in fails(run, stage1, root)
     assert not (root / "runs").exists()
 
 

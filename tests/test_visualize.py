@@ -50,8 +50,8 @@ def test_fdm_mse_of_an_fdm_that_adds_z_to_the_last_frame():
 
     latents = dict(true=z_q, zeroed=0 * z_q, shuffled=z_q[[1, 0, 3, 2]])
     mse = viz.fdm_mse(fdm, windows, latents)
-    assert list(mse) == [f"fdm_mse_{name}" for name in ("true", "zeroed", "shuffled", "copy")]
-    squares = [0, 350, 1000, 350]  # (900 + 100 + 0 + 400) / 4; (40^2 + 40^2 + 20^2 + 20^2) / 4
+    assert list(mse) == [f"fdm_mse_{name}" for name in ("copy", "true", "zeroed", "shuffled")]
+    squares = [350, 0, 350, 1000]  # (900 + 100 + 0 + 400) / 4; (40^2 + 40^2 + 20^2 + 20^2) / 4
     assert list(mse.values()) == pytest.approx([x / 255**2 for x in squares], rel=1e-4, abs=1e-12)
 
 
@@ -125,4 +125,4 @@ def test_whole_script_without_labels_codes_or_procgen(tmp_path, monkeypatch):
     assert not settings["labelled"] and not settings["vq"] and settings["grad_step"] == 0
     assert "at least 50" in fails(run, viz, tmp_path, **flags | dict(points=20))
     missing = fails(run, viz, tmp_path, **flags | dict(game="maze"))
-    assert "run: python train_latent_dynamics.py" in missing
+    assert "train_latent_dynamics.py writes it" in missing
