@@ -32,7 +32,7 @@ test: .venv/installed
 # a solver, small networks. How game and flags were chosen: results/LOG.md.
 DEMO = --game miner --seed $(SEED) --device cpu --data-dir demo/data --runs-dir demo/$(1)
 DEMO_1 = --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --predict-change
-DEMO_2 = --grad-steps 2000 --lr 1e-3 --multiplier 1 --warmup-steps 100 --standardize --eval-every 500
+DEMO_2 = --grad-steps 4000 --lr 1e-3 --multiplier 0.5 --warmup-steps 100 --standardize --eval-every 1000
 DEMO_3 = --labels 16 256 --decoder-seeds 3 --episodes 32
 demo: .venv/installed
 	@echo "The demo takes about 16 minutes on 2 CPU cores, 4 GB of memory and 0.2 GB of disk."
