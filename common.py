@@ -343,10 +343,12 @@ def read_latents(frames_path, latents_dir, dynamics):
 
 
 def read_actions(frames_path):
-    """The true actions uint8 [N] of one shard of frames."""
+    """The true actions of one shard of frames: uint8 [N], or float32 [N, A] if continuous."""
     path = frames_path.with_name(frames_path.name.replace("frames", "labels"))
     action, first = load_npz(path, ["action"])["action"], load_npz(frames_path, ["first"])["first"]
-    if action.shape != first.shape or action.max() >= NUM_ACTIONS:
+    continuous = action.dtype.kind == "f"
+    rows = action.shape[:-1] if continuous else action.shape
+    if rows != first.shape or not continuous and action.max() >= NUM_ACTIONS:
         fail(f"{path} has actions {action.shape} up to {action.max()}, for {len(first)} frames")
     return action
 
@@ -470,17 +472,19 @@ class FrameStore:
 
 
 def true_actions_to_report_on(store, rows):
-    """int [n]: the true actions at rows of a FrameStore, those of equal effect merged.
-
-    None if there are no label files. For metrics alone, never for a loss.
+    """The true actions at rows of a FrameStore: int [n], those of equal effect merged, or float32
+    [n, A] if continuous. None if there are no label files. For metrics alone, never for a loss.
     """
-    actions = np.zeros(len(store.obs), int)
+    actions = None
     for slot, path in enumerate(store.paths):
         if not path.with_name(path.name.replace("frames", "labels")).exists():
             return None
         shard = read_actions(path)
+        if actions is None:
+            actions = np.zeros((len(store.obs), *shard.shape[1:]), shard.dtype)
         actions[slot * store.slot_rows :][: len(shard)] = shard
-    return distinct_actions(store.game)[actions[rows.numpy()]]
+    actions = actions[rows.numpy()]
+    return actions if actions.dtype.kind == "f" else distinct_actions(store.game)[actions]
 
 
 def check_finite(step, path, *modules):

@@ -23,7 +23,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -243,7 +244,13 @@ def perplexity(codes, embeddings):
 
 
 def linear_probe(z, actions, test_z, test_actions):
-    """Accuracy of a linear classifier of z, fitted on z, actions; and of their majority class."""
+    """Accuracy of a linear classifier of z, fitted on z, actions; and of their majority class. Of
+    continuous actions float [N, A]: R^2 of a linear regression; and of their mean.
+    """
+    if actions.dtype.kind == "f":
+        probe = make_pipeline(StandardScaler(), Ridge()).fit(z, actions)
+        mean = np.broadcast_to(actions.mean(0), test_actions.shape)
+        return float(probe.score(test_z, test_actions)), float(r2_score(test_actions, mean))
     majority = (test_actions == np.bincount(actions).argmax()).mean()
     if len(np.unique(actions)) == 1:
         return float(majority), float(majority)

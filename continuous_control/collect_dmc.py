@@ -1,0 +1,340 @@
+"""Data: train a PPO expert on a DeepMind Control task and record its play (paper, A.3).
+
+The expert reads the true state; stages 1 and 2 get the rendered frames alone. No action repeat.
+What is recorded is the policy's mean plus a little noise: with the mean alone, the frame would
+determine the action, and memory of poses could take the place of seeing what the action did. A
+small third split records uniformly random actions, on which stage 1 probes its latent actions.
+
+reads   continuous_control/experts/<game>.pt, if it is there
+writes  otherwise that and <game>.csv beside it; data/<game>/{train,test,random}/frames_NNN.npz and
+        labels_NNN.npz: action float32 [N, A] in [-1, 1], taken at that frame, reward float32 [N]
+
+at 64x64      python -m continuous_control.collect_dmc --game cheetah_run
+on a CPU      python -m continuous_control.collect_dmc --game cheetah_run --plain --frame-size 32
+                  --train-episodes 64 --test-episodes 8 --random-episodes 16
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import common  # before torch
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from collect_data import compute_gae
+
+# domain, task, seconds of a step
+TASKS = {"cheetah_run": ("cheetah", "run", 0.01), "walker_walk": ("walker", "walk", 0.025)}
+EPISODE_STEPS = 1000  # the suite's; nothing but time ends an episode
+EPISODES_PER_SHARD = 16
+
+
+@dataclass
+class Args:
+    game: Literal["cheetah_run", "walker_walk"] = "cheetah_run"
+    """Task of the suite; the later stages' --game."""
+    seed: int = 1
+    """Seeds networks, samples and the games themselves."""
+    data_dir: Path = Path("data")
+    """Frames and labels are in <data-dir>/<game>."""
+    experts_dir: Path = Path("continuous_control/experts")
+    """An expert <experts-dir>/<game>.pt that is there is used, not trained again."""
+    overwrite: bool = False
+    """Replace frames that are there."""
+
+    train_episodes: int = 512
+    """Episodes of 1,000 frames to record for training; 0 trains the expert only."""
+    test_episodes: int = 32
+    """Episodes of other starting states, for evaluation."""
+    random_episodes: int = 32
+    """Episodes of uniformly random actions."""
+    frame_size: Literal[64, 32, 16] = 64
+    """Side of the frames in pixels; below 64 (the paper's), means of blocks."""
+    plain: bool = False
+    """No shadows, no reflections: three to five times faster to render without a GPU."""
+    mean_action: bool = True
+    """Record the policy's mean; --no-mean-action samples the policy."""
+    noise: float = 0.2
+    """Std of the Gaussian noise on recorded actions, whose range is -1 to 1."""
+
+    expert_steps: int = 8_000_000
+    """Environment steps of PPO."""
+    num_envs: int = 32
+    """Environments that step together."""
+    rollout_steps: int = 256
+    """Steps of each environment between updates."""
+    minibatches: int = 8
+    """Minibatches per epoch."""
+    epochs: int = 10
+    """Passes over a rollout."""
+    hidden: int = 128
+    """Units of the expert's two hidden layers."""
+    expert_lr: float = 5e-4
+    """Learning rate of Adam at the start; it falls to 0 linearly."""
+    gamma: float = 0.99
+    """Discount."""
+    gae_lambda: float = 0.95
+    """Lambda of generalized advantage estimation."""
+    clip: float = 0.2
+    """Clips the probability ratio."""
+    max_grad_norm: float = 0.5
+    """Clips the gradient's norm."""
+
+
+# --- environments ---------------------------------------------------------------------------------
+
+
+def pick_renderer():
+    """Sets MUJOCO_GL to a renderer that works here without a display; before dm_control loads."""
+    os.environ["DISABLE_RENDER_THREAD_OFFLOADING"] = "1"  # its thread outlives failed runs noisily
+    probe = "from dm_control import suite; suite.load('cheetah', 'run').physics.render(64, 64)"
+    names = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]
+    for name in names:
+        command, settings = [sys.executable, "-c", probe], os.environ | dict(MUJOCO_GL=name)
+        run = subprocess.run(command, env=settings, capture_output=True, text=True)
+        if run.returncode == 0:
+            os.environ["MUJOCO_GL"] = name
+            return
+    reason = (run.stderr.strip() or f"exit status {run.returncode}").splitlines()[-1]
+    hint = f"({reason}); see continuous_control/README.md"
+    common.fail(f"the suite cannot draw here with {' or '.join(names)} {hint}")
+
+
+class ControlEnvs:
+    """`num_envs` environments of a task that step together, with the interface of ProcgenEnvs.
+
+    settings: a dict with game, frame_size (0: nothing is rendered, obs are the states) and plain.
+    states: float32 [B, D], the suite's own observations. obs: uint8 [B, S, S, 3], the frames.
+    final_states: float32 [B, D], the last states of the episodes that ended with this step.
+    """
+
+    def __init__(self, settings, num_envs, seed):
+        from absl import logging
+        from dm_control import suite  # after pick_renderer()
+
+        logging.set_verbosity("error")  # mujoco deprecates what the suite's models use
+        self.num_envs, self.frame_size = num_envs, settings["frame_size"]
+        self.envs, self.finished, self._returns = [], [], np.zeros(num_envs)
+        *names, seconds = TASKS[settings["game"]]
+        for i in range(num_envs):
+            task = dict(random=np.random.RandomState(common.derive_seed(seed, i)))
+            task["time_limit"] = (EPISODE_STEPS - 0.5) * seconds  # safe from rounding
+            self.envs.append(suite.load(*names, task))
+            model = self.envs[-1].physics.model
+            model.vis.global_.offwidth = model.vis.global_.offheight = 64
+            if settings["plain"]:
+                model.vis.quality.shadowsize, model.mat_reflectance[:] = 0, 0
+        self.num_actions = self.envs[0].action_spec().shape[0]
+        self.states = np.stack([self._state(env.reset()) for env in self.envs])
+        self._render()
+
+    def _state(self, time_step):
+        return np.concatenate([np.ravel(x) for x in time_step.observation.values()], dtype="f4")
+
+    def _render(self):
+        self.obs = self.states
+        if self.frame_size:  # camera 0 follows the body from the side
+            frames = np.stack([env.physics.render(64, 64, camera_id=0) for env in self.envs])
+            self.obs = common.shrink(frames, self.frame_size)
+
+    def step(self, actions):
+        """actions float [B, A] -> obs uint8 [B, S, S, 3], reward float32 [B], done bool [B].
+
+        Where done, an episode has ended with this reward, and obs opens the next one.
+        """
+        steps = [env.step(action) for env, action in zip(self.envs, actions.clip(-1, 1))]
+        reward = np.array([step.reward for step in steps], np.float32)
+        done = np.array([step.last() for step in steps])
+        self.states = np.stack([self._state(step) for step in steps])
+        self.final_states = self.states.copy()
+        self._returns += reward
+        for env in np.flatnonzero(done):
+            self.finished.append((int(env), float(self._returns[env])))
+            self._returns[env] = 0
+            self.states[env] = self._state(self.envs[env].reset())
+        self._render()
+        return self.obs, reward, done
+
+    def close(self):
+        for env in self.envs:
+            env.physics.free()
+
+
+# --- expert ---------------------------------------------------------------------------------------
+
+
+class ExpertPolicy(nn.Module):
+    """Gaussian actor and critic on the true state, which is standardized by running averages."""
+
+    def __init__(self, state_dim, num_actions, hidden):
+        super().__init__()
+
+        def mlp(outputs, gain):
+            sizes, layers = (state_dim, hidden, hidden, outputs), []
+            for i, o in zip(sizes, sizes[1:]):
+                layers += [nn.Linear(i, o), nn.Tanh()]
+                nn.init.orthogonal_(layers[-2].weight, gain if o == outputs else 2**0.5)
+                nn.init.zeros_(layers[-2].bias)
+            return nn.Sequential(*layers[:-1])
+
+        self.actor, self.critic = mlp(num_actions, 0.01), mlp(1, 1.0)
+        self.log_std = nn.Parameter(torch.full((num_actions,), -0.5))
+        self.register_buffer("mean", torch.zeros(state_dim))
+        self.register_buffer("square", torch.ones(state_dim))  # mean of squares
+
+    def forward(self, states):
+        """float32 (B, D) -> distribution of actions (B, A), value (B,)"""
+        std = (self.square - self.mean**2).clamp(min=1e-6).sqrt()
+        x = ((states - self.mean) / std).clamp(-10, 10)
+        mean = self.actor(x)
+        distribution = torch.distributions.Normal(mean, self.log_std.exp(), validate_args=False)
+        return distribution, self.critic(x)[:, 0]
+
+
+def train_expert(args, settings, path):
+    """Trains an ExpertPolicy with PPO on states (Schulman et al. 2017); writes it to `path`."""
+    t, b = args.rollout_steps, args.num_envs
+    envs = ControlEnvs(settings | dict(frame_size=0), b, common.derive_seed(args.seed, "expert"))
+    dim, num_actions = envs.states.shape[1], envs.num_actions
+    policy = ExpertPolicy(dim, num_actions, args.hidden)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.expert_lr, eps=1e-5, fused=True)
+    normalize_rewards = common.RewardNormalizer(b, args.gamma)
+    states, actions = torch.zeros(t, b, dim), torch.zeros(t, b, num_actions)
+    logprobs, rewards, dones, values = *torch.zeros(3, t, b), torch.zeros(t + 1, b)
+    updates = max(1, args.expert_steps // (t * b))
+    log = common.MetricsLog(path.with_suffix(".csv"), updates * t * b, "step")
+    for update in range(1, updates + 1):
+        optimizer.param_groups[0]["lr"] = args.expert_lr * (1 - (update - 1) / updates)
+        with torch.no_grad():
+            for step in range(t):
+                states[step] = torch.from_numpy(envs.states)
+                distribution, values[step] = policy(states[step])
+                actions[step] = distribution.sample()
+                logprobs[step] = distribution.log_prob(actions[step]).sum(-1)
+                _, reward, done = envs.step(actions[step].numpy())
+                rewards[step] = torch.from_numpy(normalize_rewards(reward, done))
+                dones[step] = torch.from_numpy(done)
+                if done.any():  # time ended the episode: what would have followed still counts
+                    final_value = policy(torch.from_numpy(envs.final_states))[1]
+                    rewards[step] += args.gamma * final_value * dones[step]
+            values[t] = policy(torch.from_numpy(envs.states))[1]
+        advantages, targets = compute_gae(rewards, values, dones, args.gamma, args.gae_lambda)
+        flat = [x.flatten(0, 1) for x in (states, actions, logprobs, advantages, targets)]
+        for _ in range(args.epochs):
+            for rows in torch.randperm(t * b).chunk(args.minibatches):
+                state, action, old_logprob, advantage, target = (x[rows] for x in flat)
+                distribution, value = policy(state)
+                ratio = (distribution.log_prob(action).sum(-1) - old_logprob).exp()
+                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+                clipped = advantage * ratio.clamp(1 - args.clip, 1 + args.clip)
+                policy_loss = -torch.min(advantage * ratio, clipped).mean()
+                loss = policy_loss + 0.5 * (value - target).pow(2).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+                optimizer.step()
+        # running means of all states so far, after the update: old_logprob was made with these
+        policy.mean.lerp_(flat[0].mean(0), 1 / update)
+        policy.square.lerp_(flat[0].square().mean(0), 1 / update)
+        log.bar.update(t * b)
+        if update % 20 == 0 or update == updates:
+            common.check_finite(update * t * b, path, policy)
+            mean_return = np.mean([episode_return for _, episode_return in envs.finished] or np.nan)
+            envs.finished.clear()
+            metrics = dict(mean_return=float(mean_return), std=policy.log_std.exp().mean())
+            log.write(env_step=update * t * b, **metrics, loss=loss)
+    log.bar.close()
+    common.save_checkpoint(
+        path, kind="dmc_expert", game=args.game, env_step=updates * t * b,
+        mean_return=metrics["mean_return"], sizes=(dim, num_actions, args.hidden),
+        policy=policy.state_dict(),
+    )  # fmt: skip
+    envs.close()
+
+
+# --- recording ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def record(settings, act, num_episodes, seed, folder):
+    """Records whole episodes, EPISODES_PER_SHARD in a shard, one after the other.
+
+    act: states float32 [B, D] -> actions float32 [B, A]. The folder appears when it is complete.
+    """
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    s, steps = settings["frame_size"], EPISODE_STEPS
+    bar, returns = common.progress_bar(num_episodes * steps, "frame", folder.name), []
+    for shard, start in enumerate(range(0, num_episodes, EPISODES_PER_SHARD)):
+        b = min(EPISODES_PER_SHARD, num_episodes - start)
+        envs = ControlEnvs(settings, b, common.derive_seed(seed, f"{folder.name} {shard}"))
+        obs, reward = np.empty((b, steps, s, s, 3), np.uint8), np.empty((b, steps), np.float32)
+        action, first = np.empty((b, steps, envs.num_actions), np.float32), np.zeros_like(reward)
+        first[:, 0] = 1
+        for step in range(steps):
+            obs[:, step], action[:, step] = envs.obs, act(envs.states)
+            reward[:, step] = envs.step(action[:, step])[1]
+            bar.update(b)
+        envs.close()
+        returns += list(reward.sum(1))
+        frames = dict(obs=obs.reshape(-1, s, s, 3), first=first.reshape(-1).astype(bool))
+        labels = dict(action=action.reshape(len(frames["obs"]), -1), reward=reward.reshape(-1))
+        common.save_npz(part / f"frames_{shard:03d}.npz", settings, **frames)
+        common.save_npz(part / f"labels_{shard:03d}.npz", settings, **labels)
+    bar.close()
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    mean, size = np.mean(returns), sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    print(f"{folder.name}: {num_episodes} episodes, mean return {mean:.1f}, {size:,.0f} MB")
+
+
+def main(args):
+    counts = dict(train=args.train_episodes, test=args.test_episodes, random=args.random_episodes)
+    folders = {split: args.data_dir / args.game / split for split in counts if counts[split]}
+    for folder in folders.values() if args.train_episodes else ():
+        if folder.exists() and not args.overwrite:
+            common.fail(f"{folder} is there already; --overwrite replaces it")
+    pick_renderer()
+    torch.manual_seed(args.seed)
+    settings, path = dict(game=args.game, plain=args.plain), args.experts_dir / f"{args.game}.pt"
+    if not path.exists():
+        print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps, to {path}")
+        train_expert(args, settings, path)
+    expert = common.load_checkpoint(path, "dmc_expert", args.game)
+    policy = ExpertPolicy(*expert["sizes"])
+    policy.load_state_dict(expert["policy"])
+
+    def act(states, mean_action=args.mean_action, noise=args.noise):
+        distribution = policy(torch.from_numpy(states))[0]
+        action = distribution.mean if mean_action else distribution.sample()
+        return (action + noise * torch.randn_like(action)).clamp(-1, 1).numpy()
+
+    def act_at_random(states):
+        return 2 * torch.rand(len(states), expert["sizes"][1]).numpy() - 1
+
+    # the returns of the expert, without noise, and of random actions go into the files
+    players = dict(expert=lambda states: act(states, True, 0), random=act_at_random)
+    for name, player in players.items():
+        seed = common.derive_seed(args.seed, name)
+        envs = ControlEnvs(settings | dict(frame_size=0), EPISODES_PER_SHARD, seed)
+        settings[f"{name}_return"] = common.evaluate(envs, player, 1).mean().item()
+        envs.close()
+    returns = "expert {expert_return:.1f}, random actions {random_return:.1f}".format(**settings)
+    print(f"expert: {path}, {expert['env_step']:,} steps; mean returns: {returns}")
+    settings |= dict(frame_size=args.frame_size, seed=args.seed, noise=args.noise)
+    settings |= dict(mean_action=args.mean_action, expert=common.fingerprint(policy))
+    for split, folder in folders.items() if args.train_episodes else ():
+        torch.manual_seed(common.derive_seed(args.seed, split))
+        player, count = act_at_random if split == "random" else act, counts[split]
+        record(settings | dict(split=split), player, count, args.seed, folder)
+    print(f"next: python train_latent_dynamics.py --game {args.game}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

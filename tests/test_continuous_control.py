@@ -1,0 +1,201 @@
+"""Continuous control: shards of the suite, stage 1's probe of float actions, the decoder."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import args_of, fails, run
+
+import common
+import train_latent_bc as stage2
+import train_latent_dynamics as stage1
+
+pytest.importorskip("dm_control", reason="pip install -r continuous_control/requirements-dmc.txt")
+
+from continuous_control import collect_dmc, decode_dmc, visualize_dmc
+from continuous_control.decode_dmc import RegressionDecoder, fit, r2
+
+STEPS, GAME = 20, "walker_walk"
+SIZES = dict(train_episodes=3, test_episodes=2, random_episodes=2, frame_size=16, plain=True)
+EXPERT = dict(expert_steps=64, num_envs=2, rollout_steps=16, minibatches=2, epochs=1, hidden=8)
+
+
+def collect(root, **flags):
+    flags = dict(game=GAME, data_dir=root / "data", experts_dir=root / "experts") | SIZES | flags
+    collect_dmc.main(collect_dmc.Args(**EXPERT | flags))
+
+
+def read(root, split, shard=0):
+    """The arrays of a shard's two files, and their settings."""
+    shards = [root / f"data/{GAME}/{split}/{name}_{shard:03d}.npz" for name in ("frames", "labels")]
+    arrays = dict(np.load(shards[0])) | dict(np.load(shards[1]))
+    return arrays, json.loads(str(arrays.pop("settings")))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Short episodes of a hardly trained expert, with stages 1 and 2 run on them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect_dmc, "EPISODE_STEPS", STEPS)
+        patch.setattr(collect_dmc, "EPISODES_PER_SHARD", 2)
+        try:
+            collect_dmc.pick_renderer()
+        except SystemExit as error:
+            pytest.skip(str(error))
+        root = tmp_path_factory.mktemp("dmc")
+        collect(root)
+        for script in (stage1, stage2):
+            run(script, root, game=GAME)
+        yield root
+
+
+def test_actions_replayed_give_the_same_frames_and_rewards(root):
+    for split, shard, episodes in (("train", 0, 2), ("train", 1, 1), ("random", 0, 2)):
+        arrays, settings = read(root, split, shard)
+        assert arrays["obs"].shape == (episodes * STEPS, 16, 16, 3)
+        assert arrays["action"].dtype == np.float32 and abs(arrays["action"]).max() <= 1
+        assert np.flatnonzero(arrays["first"]).tolist() == list(range(0, episodes * STEPS, STEPS))
+        recorded = {
+            name: array.reshape(episodes, STEPS, *array.shape[1:]) for name, array in arrays.items()
+        }
+        seed = common.derive_seed(settings["seed"], f"{split} {shard}")
+        envs = collect_dmc.ControlEnvs(settings, episodes, seed)
+        for step in range(STEPS):
+            assert np.array_equal(envs.obs, recorded["obs"][:, step])
+            _, reward, done = envs.step(recorded["action"][:, step])
+            assert np.array_equal(reward, recorded["reward"][:, step])
+            assert (done == (step == STEPS - 1)).all()
+        returns = [episode_return for _, episode_return in envs.finished]
+        np.testing.assert_allclose(returns, recorded["reward"].sum(1), rtol=1e-5)
+        envs.close()
+    assert settings["random_return"] < STEPS and settings["split"] == "random"
+
+
+def test_the_same_seed_records_the_same_and_noise_is_added_to_the_mean(root, tmp_path):
+    (tmp_path / "experts").symlink_to(root / "experts")  # trained here, or before: no difference
+    collect(tmp_path, train_episodes=1)
+    first, again = read(root, "test")[0], read(tmp_path, "test")[0]
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    collect(tmp_path, train_episodes=1, noise=0, overwrite=True)
+    mean, expert = read(tmp_path, "test")[0], torch.load(root / f"experts/{GAME}.pt")
+    policy = collect_dmc.ExpertPolicy(*expert["sizes"])
+    policy.load_state_dict(expert["policy"])
+    seed = common.derive_seed(1, "test 0")
+    envs = collect_dmc.ControlEnvs(dict(game=GAME, frame_size=0, plain=True), 2, seed)
+    action = policy(torch.from_numpy(envs.states))[0].mean.detach().numpy()
+    starts = slice(None, None, STEPS)
+    np.testing.assert_allclose(mean["action"][starts], action.clip(-1, 1), atol=1e-6)
+    assert 0.05 < (first["action"][starts] - action).std() < 0.4  # 0.2, the default
+
+
+def test_time_limits_end_episodes_and_the_last_state_is_kept(root, monkeypatch):
+    settings, action = dict(game=GAME, frame_size=0, plain=True), np.full((2, 6), 5.0)
+    short = collect_dmc.ControlEnvs(settings, 2, seed=3)
+    monkeypatch.setattr(collect_dmc, "EPISODE_STEPS", 2 * STEPS)
+    long, bounded = (collect_dmc.ControlEnvs(settings, 2, seed=3) for _ in range(2))
+    for step in range(STEPS):
+        assert np.array_equal(short.states, long.states)
+        short.step(action), long.step(action), bounded.step(action.clip(-1, 1))
+    assert len(short.finished) == 2 and not long.finished
+    assert np.array_equal(short.final_states, long.states) and short.states.dtype == np.float32
+    assert abs(short.states - long.states).max() > 0.1  # another start
+    assert np.array_equal(bounded.states, long.states)  # actions are clipped
+
+
+def test_stages_1_and_2_take_the_shards_and_no_window_crosses_an_episode(root):
+    with open(root / f"runs/{GAME}/train_latent_dynamics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert all(float(row["probe"]) <= 1 and float(row["majority"]) < 0.01 for row in rows)
+    args = args_of(stage1, root, game=GAME)
+    for context in (1, 3):
+        store = common.FrameStore(args, "train", context, torch.device("cpu"))
+        place = store.rows % store.slot_rows % STEPS
+        assert place.min() == context and place.max() == STEPS - 2
+        assert len(store.rows) == 3 * (STEPS - 1 - context)
+        rows = store.rows[[0, 20, -1]]
+        actions = common.true_actions_to_report_on(store, rows)
+        for row, guess in zip(rows.tolist(), actions):
+            shard = read(root, "train", row // store.slot_rows)[0]["action"]
+            assert np.array_equal(guess, shard[row % store.slot_rows])
+
+
+def test_the_probe_of_float_actions_against_naive_least_squares():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(3000, 6)).astype(np.float32)
+    noise = rng.normal(size=(3000, 2)).astype(np.float32)
+    actions = z[:, :2] @ np.float32([[2, 0], [1, 0.3]]) + 0.5 + noise
+    score, mean = stage1.linear_probe(z[:2000], actions[:2000], z[2000:], actions[2000:])
+    x = np.hstack([z, np.ones((3000, 1))])
+    weights = np.linalg.lstsq(x[:2000], actions[:2000], rcond=None)[0]
+    test = actions[2000:]
+    residual, spread = (
+        ((x[2000:] @ weights - test) ** 2).sum(0),
+        ((test - test.mean(0)) ** 2).sum(0),
+    )
+    np.testing.assert_allclose(score, (1 - residual / spread).mean(), atol=1e-3)
+    assert -0.01 < mean <= 0
+
+
+def test_the_decoder_against_closed_form_least_squares():
+    torch.manual_seed(0)
+    z = 3 * torch.randn(4096, 6) + 1
+    actions = (z @ torch.randn(6, 2) * 0.05).clamp(-1, 1)
+    decoder = RegressionDecoder(6, 2)
+    decoder.mean.copy_(z.mean(0)), decoder.std.copy_(z.std(0))
+    store = SimpleNamespace(z_at=lambda rows: z[rows])
+    rows, generator = torch.arange(1, 2049), torch.Generator().manual_seed(0)
+    fit(decoder, store.z_at, rows, actions[rows], 1000, 128, 1e-3, generator)
+    x = torch.cat([z, torch.ones(4096, 1)], 1)
+    closed = x[2049:] @ torch.linalg.lstsq(x[1:2049], actions[1:2049]).solution
+    assert (decoder(z[2049:]) - closed).abs().mean() < 0.03 < actions.abs().mean()
+    assert r2(decoder, z[2049:], actions[2049:]) > 0.97
+    assert abs(r2(lambda z: actions.mean(0).expand(len(z), 2), z, actions)) < 1e-4
+
+
+def test_decoding_plays_and_saves_every_method(root, tmp_path):
+    flags = dict(game=GAME, device="cpu", data_dir=root / "data", labels=(4, 16), decoder_seeds=1)
+    flags |= dict(decoder_steps=3, clone_steps=3, episodes=1)
+    flags |= dict(runs_dir=root / "runs", untrained_dir=root / "untrained")
+    decode_dmc.main(decode_dmc.Args(**flags))
+    path = root / f"runs/{GAME}/decode_dmc.npz"
+    one, settings = dict(np.load(path)), json.loads(str(np.load(path)["settings"]))
+    for name in ("returns", "policy_r2", "r2", "returns_bc", "policy_r2_bc"):
+        assert one[name].shape == (2, 1) and np.isfinite(one[name]).all()
+    assert one["returns_bc_all"].shape == (1, 1) and 0 <= one["mean_return"] <= STEPS
+    assert settings["seed"] == 1 and path.with_suffix(".png").exists()
+    (root / "untrained" / GAME).mkdir(parents=True)
+    (root / "untrained" / GAME / path.name).write_bytes(path.read_bytes())
+    decode_dmc.main(decode_dmc.Args(**flags | dict(methods=("lapo",))))
+    two = dict(np.load(path))
+    assert np.array_equal(one["returns"], two["returns"])  # the same seed
+    assert np.array_equal(one["returns"], two["returns_untrained"])
+    assert "but" in fails(decode_dmc.main, decode_dmc.Args(**flags | dict(labels=(8, 16))))
+    few = flags | dict(labels=(4, 999), untrained_dir=root / "none")
+    assert "fewer than 999" in fails(decode_dmc.main, decode_dmc.Args(**few))
+
+
+def test_pictures_and_metrics(root):
+    flags = dict(game=GAME, data_dir=root / "data", runs_dir=root / "runs", device="cpu")
+    flags |= dict(points=32, projection="pca", supervised_steps=2)
+    visualize_dmc.main(visualize_dmc.Args(**flags))
+    run = root / f"runs/{GAME}"
+    saved = np.load(run / "latents.npz")
+    for name in ("probe", "probe_untrained", "random_probe", "supervised"):
+        assert saved[name].shape == (6,) and (saved[name] <= 1).all()
+    assert all((run / name).exists() for name in ("latents.png", "film.png", "film.gif"))
+
+
+def test_what_users_do_wrong_gives_one_line(root, tmp_path, monkeypatch):
+    before = read(root, "train")[0]
+    assert "--overwrite replaces it" in fails(collect, root)
+    assert np.array_equal(before["obs"], read(root, "train")[0]["obs"])
+    monkeypatch.setenv("MUJOCO_GL", "no_such_renderer")
+    assert "cannot draw here with no_such_renderer" in fails(collect, tmp_path)
+    assert not (tmp_path / "data").exists()
+    frames = tmp_path / "frames_000.npz"
+    frames.write_bytes((root / f"data/{GAME}/train" / frames.name).read_bytes())
+    common.save_npz(tmp_path / "labels_000.npz", {}, action=before["action"][:-1])
+    assert "for 40 frames" in fails(common.read_actions, frames)
