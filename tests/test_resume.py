@@ -91,7 +91,11 @@ def test_a_finished_run_is_not_trained_again_and_another_seed_is_refused(root):
 
 def test_a_stage_1_that_stops_while_it_labels_again_keeps_its_latents(root, monkeypatch):
     before = {path: path.read_bytes() for path in root.glob("runs/maze/*/latents_*.npz")}
-    monkeypatch.setattr(common, "save_npz", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "save_npz", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(stage1, root, resume=True)
     assert len(before) == 4 and all(path.read_bytes() == x for path, x in before.items())
