@@ -490,9 +490,7 @@ def true_actions_to_report_on(store, rows):
 def check_finite(step, path, *modules):
     """Ends the run if a weight is not finite, before `path` is overwritten."""
     if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
-        fail(
-            f"the loss is not finite at step {step}; {path} stays as it was; try a lower learning rate"
-        )
+        fail(f"not finite at step {step}; {path} stays as it was; try a lower learning rate")
 
 
 def save_state(path, args, step, parts, **values):

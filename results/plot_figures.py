@@ -307,6 +307,8 @@ def print_tables(results):
             ours = [f"{mean[1]:.2f} ± {std[1]:.2f} @{x:,.0f}" for x, mean, std in points]
             y = [mean[1] for _, mean, _ in points]
             agrees = "yes" if y[0] >= least and y == sorted(y)[::-1] else "no"
+            if len(there) < len(names):
+                agrees += f" (only {' and '.join(there)})"
             print(" | ".join([claim, ", ".join(paper), ", ".join(ours), str(len(games)), agrees]))
     values = [probes(results, LATENTS[0], game) for game in results.games(LATENTS[0])]
     if values:

@@ -169,7 +169,7 @@ class PaysForActions:
 class ToyGames:
     """Game e has episodes of 5 + e steps, and pays 1 for action 7 or, in the dark, for action 3.
 
-    Frames show episode, step and last action in one pixel, e in the next, and a bright or dark half.
+    Frames show episode, step and last action in one pixel, e in the next; half is bright or dark.
     """
 
     made = []
