@@ -72,13 +72,13 @@ paper: .venv/installed
 	$(PY) collect_data.py $(call RUN,scratch) --train-frames 0 --expert-steps 4_000_000 --expert-multiplier 4 --experts-dir runs/scratch/seed_$(SEED) --resume
 
 # Laptop scale: plain pictures at 32x32, all levels, small networks, recordings of a solver.
-SMALL = --game $(GAME) --seed $(SEED) --device cpu --data-dir laptop/data --runs-dir laptop/runs/$(1)/seed_$(SEED)
+SMALL = --game $(GAME) --seed $(SEED) --data-dir laptop/data --runs-dir laptop/runs/$(1)/seed_$(SEED)
 SMALL_1 = --multiplier 0.5 --fdm-width 8 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --eval-every 500
 SMALL_STEPS = --grad-steps $(if $(filter heist,$(GAME)),6000,3000)
 SMALL_2 = --multiplier 1 --grad-steps 5000 --lr 1e-3 --warmup-steps 100 --standardize --eval-every 1000
 SMALL_3 = --labels 16 64 256 1024 --decoder-seeds 3
 laptop: .venv/installed
-	$(PY) collect_data.py --game $(GAME) --data-dir laptop/data --device cpu --solver --plain --frame-size 32 --train-frames 262_144 --test-frames 16_384 --random-frames 65_536 --resume
+	$(PY) collect_data.py --game $(GAME) --data-dir laptop/data --solver --plain --frame-size 32 --train-frames 262_144 --test-frames 16_384 --random-frames 65_536 --resume
 	$(PY) train_latent_dynamics.py $(call SMALL,lapo) $(SMALL_1) $(SMALL_STEPS) --resume
 	$(PY) train_latent_bc.py $(call SMALL,lapo) $(SMALL_2) --resume
 	$(PY) decode_offline.py $(call SMALL,lapo) $(SMALL_3)
