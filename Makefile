@@ -1,7 +1,7 @@
 # make demo                  the whole method on real Procgen, on a CPU, in minutes
 # make test                  style check and tests
 # make paper GAME=bigfish    the same chain at the paper's settings, with baselines and ablation
-# make laptop GAME=miner     the same at laptop scale, with controls: maze, heist or miner
+# make laptop GAME=miner     the same at laptop scale, with controls: maze, heist, miner or plunder
 # make laptop-ablations      its ablations and ILPO, after that
 # make figures RUNS=runs     the paper's figures from what lies there
 # PYTHON=python3.11 picks the interpreter, SEED=2 another seed.
@@ -31,7 +31,7 @@ test: .venv/installed
 # The paper's method with smaller flags: miner on all levels in plain pictures at 32x32, played by
 # a solver, small networks. How game and flags were chosen: results/LOG.md.
 DEMO = --game miner --seed $(SEED) --device cpu --data-dir demo/data --runs-dir demo/$(1)
-DEMO_1 = --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --predict-change
+DEMO_1 = --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --predict-change --z-std 0.2
 DEMO_2 = --grad-steps 4000 --lr 1e-3 --multiplier 0.5 --warmup-steps 100 --standardize --eval-every 1000
 DEMO_3 = --labels 16 256 --decoder-seeds 3 --episodes 32
 demo: .venv/installed
@@ -73,8 +73,8 @@ paper: .venv/installed
 
 # Laptop scale: plain pictures at 32x32, all levels, small networks, recordings of a solver.
 SMALL = --game $(GAME) --seed $(SEED) --data-dir laptop/data --runs-dir laptop/runs/$(1)/seed_$(SEED)
-SMALL_1 = --multiplier 0.5 --fdm-width 8 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --eval-every 500
-SMALL_STEPS = --grad-steps $(if $(filter heist,$(GAME)),6000,3000)
+SMALL_1 = --multiplier 0.5 --fdm-width 8 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --z-std 0.2 --eval-every 500
+SMALL_STEPS = --grad-steps $(if $(filter heist,$(GAME)),4000,2000)
 SMALL_2 = --multiplier 1 --grad-steps 5000 --lr 1e-3 --warmup-steps 100 --standardize --eval-every 1000
 SMALL_3 = --labels 16 64 256 1024 --decoder-seeds 3
 laptop: .venv/installed

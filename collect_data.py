@@ -59,8 +59,8 @@ class Args(common.RunArgs):
     """No backgrounds, one theme, monochrome assets: the same games and rules, in plain pictures in
     which actions are a larger part of what changes. For laptops, not in the paper."""
     solver: bool = False
-    """Record a solver in place of a PPO expert, with --plain: maze, heist, miner
-    (experts/grid_solver.py)."""
+    """Record a solver in place of a PPO expert, with --plain: maze, heist, miner, plunder
+    (experts/solvers.py)."""
     temperature: float = 1.0
     """Divides the expert's logits when it is evaluated and recorded; 1 (the paper's) samples it."""
 
@@ -361,9 +361,9 @@ def main(args):
     if args.train_frames and not splits:
         return
     if args.solver:
-        from experts.grid_solver import GridSolver
+        from experts.solvers import Solver
 
-        solver = GridSolver(args.game, args.plain, args.seed)
+        solver = Solver(args.game, args.plain, args.seed)
         return evaluate_and_record(args, settings, splits, solver)
 
     if not path.exists():

@@ -74,6 +74,9 @@ class Args(common.RunArgs):
     """Of AdamW (official code)."""
     warmup_steps: int = 50
     """Updates from 10% of the learning rate to its peak; then linear to 1% (official code)."""
+    z_std: float = 0.0
+    """Scale the IDM's last layer so that z starts with mean 0 and this std; 0, as in the paper,
+    leaves z close to a constant, and some runs never get away from one code (results/LOG.md)."""
     max_grad_norm: float = 2.0
     """Clips the gradient's norm (official code)."""
 
@@ -230,6 +233,17 @@ class FDM(nn.Module):
 # --- training -------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def scale_head(idm, windows, std):
+    """Data-dependent initialization (Salimans & Kingma 2016): each number of z gets mean 0 and this
+    std over the windows uint8 (B, k + 2, S, S, 3).
+    """
+    z = idm(windows)
+    scale = std / (z.std(0) + 1e-8)
+    idm.head.weight *= scale[:, None]
+    idm.head.bias.copy_((idm.head.bias - z.mean(0)) * scale)
+
+
 def dynamics_loss(idm, quantizer, fdm, windows, commitment_cost):
     """windows uint8 (B, k + 2, S, S, 3) -> loss (), FDM's mse (), commitment loss ()"""
     z_q, commitment_loss, _ = quantizer(idm(windows))
@@ -334,6 +348,8 @@ def main(args):
     quantizer = EMAVectorQuantizer(*vq_sizes, args.vq_decay) if args.vq else NoQuantizer()
     for module in (idm, quantizer, fdm):
         module.to(device, memory_format=torch.channels_last)
+    if args.z_std:
+        scale_head(idm, store.windows_at(store.draw(512)), args.z_std)
     parameters = [*idm.parameters(), *fdm.parameters()]  # the codebooks are moving averages
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
     end = max(args.grad_steps, args.warmup_steps + 1)

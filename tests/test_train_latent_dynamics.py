@@ -123,6 +123,19 @@ def test_z_enters_the_fdm_at_both_ends():
     assert effect_of_z("first", "bottleneck") == 0
 
 
+def test_the_head_is_scaled_on_a_batch_and_nothing_else_changes():
+    torch.manual_seed(1)
+    idm = stage1.IDM(16, 1, 0.25, 32)
+    windows = torch.randint(256, (64, 3, 16, 16, 3), dtype=torch.uint8)
+    before = idm(windows).detach()
+    stage1.scale_head(idm, windows, 0.2)
+    after = idm(windows).detach()
+    torch.testing.assert_close(after.mean(0), torch.zeros(32), atol=1e-5, rtol=0)
+    torch.testing.assert_close(after.std(0), torch.full((32,), 0.2), atol=1e-4, rtol=0)
+    standardized = (before - before.mean(0)) / before.std(0)
+    torch.testing.assert_close(after / 0.2, standardized, atol=1e-3, rtol=0)
+
+
 def test_the_loss_by_hand():
     windows, z = windows_of(2), torch.randn(2, Z, requires_grad=True)
     quantizer, seen = quantizer_of().eval(), {}
