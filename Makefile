@@ -29,15 +29,15 @@ test: .venv/installed
 	@touch $@
 
 # The paper's method with smaller flags: miner on all levels in plain pictures at 32x32, played by
-# a solver, small networks. How game and flags were chosen: results/LOG.md.
+# a solver, small networks in stage 1. How game and flags were chosen: results/LOG.md.
 DEMO = --game miner --seed $(SEED) --device cpu --data-dir demo/data --runs-dir demo/$(1)
 DEMO_1 = --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --predict-change --z-std 0.2
-DEMO_2 = --grad-steps 4000 --lr 1e-3 --multiplier 0.5 --warmup-steps 100 --standardize --eval-every 1000
+DEMO_2 = --grad-steps 2500 --lr 1e-3 --multiplier 1 --warmup-steps 100 --standardize --eval-every 1000
 DEMO_3 = --labels 16 256 --decoder-seeds 3 --episodes 32
 demo: .venv/installed
-	@echo "The demo takes about 20 minutes on 2 CPU cores, 4 GB of memory and 0.2 GB of disk."
+	@echo "The demo takes about 15 minutes on 2 CPU cores, 4 GB of memory and 0.2 GB of disk."
 	$(PY) collect_data.py $(call DEMO,runs) --solver --plain --frame-size 32 --train-frames 262_144 --test-frames 16_384 --random-frames 16_384 --overwrite
-	$(PY) train_latent_dynamics.py $(call DEMO,runs) $(DEMO_1) --grad-steps 2500 --eval-every 500
+	$(PY) train_latent_dynamics.py $(call DEMO,runs) $(DEMO_1) --grad-steps 1250 --eval-every 250
 	$(PY) train_latent_bc.py $(call DEMO,runs) $(DEMO_2)
 	$(PY) decode_offline.py $(call DEMO,runs) $(DEMO_3)
 	@echo "Controls: the same on an untrained IDM, and cloning the labelled frames alone."
