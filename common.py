@@ -1,7 +1,5 @@
-"""Helpers that have one correct answer and teach nothing about LAPO.
-
-In this order: Procgen's facts; flags, errors and seeds; games; files; windows of frames; resuming
-and metrics.
+"""Helpers that have one correct answer and teach nothing about LAPO: Procgen's facts; flags, errors
+and seeds; games; files; windows of frames; resuming and metrics.
 """
 
 import contextlib
@@ -11,7 +9,6 @@ import gc
 import hashlib
 import io
 import json
-import math
 import os
 import signal
 import sys
@@ -66,7 +63,7 @@ def distinct_actions(game):
 
 def normalize_return(value, random_return, expert_return):
     """0 for the random policy, 1 for the expert; NaN where the two are equal."""
-    return (value - random_return) / ((expert_return - random_return) or math.nan)
+    return (value - random_return) / ((expert_return - random_return) or np.nan)
 
 
 @dataclass
@@ -124,8 +121,7 @@ def shrink(frames, size):
 class ProcgenEnvs:
     """`num_envs` Procgen games ("easy") that step together; the games' own seed is set.
 
-    settings: a dict with game and frame_size; start_level, num_levels and plain (see
-    collect_data.py) where they are not the defaults.
+    settings: game, frame_size and, if not the defaults of collect_data.py, its level flags and plain.
     obs: uint8 [B, S, S, 3], the current frames. finished: (env, episodic return) of each episode
     that ended; the caller empties it.
     """
@@ -156,9 +152,8 @@ class ProcgenEnvs:
         return reward.copy(), first.copy()
 
     def step(self, actions):
-        """actions int [B] -> obs uint8 [B, S, S, 3], reward float32 [B], done bool [B].
-
-        Where done, an episode has ended with this reward, and obs opens the next one.
+        """actions int [B] -> obs uint8 [B, S, S, 3], reward float32 [B], done bool [B]: where done,
+        an episode has ended with this reward, and obs opens the next one.
         """
         self.games.act(np.asarray(actions, np.int32))
         reward, done = self._observe()
@@ -178,9 +173,8 @@ class ProcgenEnvs:
 
 
 class RewardNormalizer:
-    """Divides rewards by the running std of the discounted return, and clips them to +-10.
-
-    As OpenAI's VecNormalize, which Cobbe et al. 2020 used; the return restarts with each episode.
+    """Divides rewards by the running std of the discounted return of their episode, and clips them
+    to +-10: OpenAI's VecNormalize, which Cobbe et al. 2020 used.
     """
 
     def __init__(self, num_envs, gamma):
@@ -208,9 +202,8 @@ class RewardNormalizer:
 
 @torch.no_grad()
 def evaluate(envs, act, episodes_per_env):
-    """Returns float [B, episodes_per_env] of whole episodes; act: obs -> actions int [B].
-
-    Each environment plays equally many: the first episodes to finish would be the short ones.
+    """Returns float [B, episodes_per_env] of whole episodes; act: obs -> actions int [B]. Each
+    environment plays equally many: the first episodes to finish would be the short ones.
     """
     returns = [[] for _ in range(envs.num_envs)]
     bar = progress_bar(envs.num_envs * episodes_per_env, "episode", "evaluate")
@@ -249,17 +242,15 @@ WRITTEN_BY = {  # what a file's name starts with: the script that writes it
 @contextlib.contextmanager
 def reading(path):
     """Ends the run with one line if `path` is missing or damaged."""
-    scripts = [script for start, script in WRITTEN_BY.items() if Path(path).name.startswith(start)]
-    remedy = f"; {scripts[0]} writes it" if scripts else ""
     try:
         yield
-    except FileNotFoundError:
-        fail(f"{path} is missing{remedy}")
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # zipfile, zlib, pickle, KeyError, EOFError, ValueError and others
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"{path} is damaged ({reason}){remedy}")
+        fault = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({reason})"
+        scripts = [x for start, x in WRITTEN_BY.items() if Path(path).name.startswith(start)]
+        fail(f"{path} is {fault}" + (f"; {scripts[0]} writes it" if scripts else ""))
 
 
 def save_npz(path, settings, **arrays):
@@ -331,9 +322,8 @@ def read_frames(path, game):
 
 
 def read_latents(frames_path, latents_dir, dynamics):
-    """z float16 [N, Z] before quantization and valid bool [N] of one shard of frames.
-
-    dynamics: the fingerprint of the stage 1 run that they must come from.
+    """z float16 [N, Z] before quantization and valid bool [N] of one shard of frames, which must
+    come from the run of stage 1 with the fingerprint `dynamics`.
     """
     path = latents_dir / frames_path.name.replace("frames", "latents")
     z, valid, settings = load_npz(path, ("z", "valid")).values()
@@ -363,10 +353,10 @@ def valid_windows(first, context):
 
 
 def read_shard(path, game, context, latents_dir=None, dynamics=None):
-    """path, obs uint8 [N, S, S, 3], valid bool [N], z float16 [N, Z] or None, settings."""
+    """path, obs uint8 [N, S, S, 3], valid bool [N], z float16 [N, Z] (Z = 0: no latents), settings"""
     try:
-        (obs, first, settings), z = read_frames(path, game), None
-        valid = valid_windows(first, context)
+        obs, first, settings = read_frames(path, game)
+        valid, z = valid_windows(first, context), np.zeros((len(obs), 0), np.float16)
         if dynamics:
             z, labelled = read_latents(path, latents_dir, dynamics)
             if not np.array_equal(valid, labelled):
@@ -404,29 +394,29 @@ class FrameStore:
         """args: RunArgs, for folders and seed; dynamics: see read_latents(), for z_at()."""
         self.folder, self.game = args.data_dir / args.game / split, args.game
         self.context, self.device = context, device
-        paths = list_shards(self.folder)
-        rows = [len(load_npz(path, ["first"])["first"]) for path in paths]
-        self.num_frames, self.slot_rows = sum(rows), max(rows)
+        paths, sampler = list_shards(self.folder), None
+        lengths = [len(load_npz(path, ["first"])["first"]) for path in paths]
+        self.num_frames, self.slot_rows = sum(lengths), max(lengths)
         num_slots = min(len(paths), max(1, pool_frames // self.slot_rows))
         self.streams = num_slots < len(paths)
         self.generator = torch.Generator().manual_seed(derive_seed(args.seed, split))
-        order = None  # in memory once, or shuffled passes without end
-        if self.streams:
+        if self.streams:  # in shuffled passes without end
             shuffle = torch.Generator().manual_seed(derive_seed(args.seed, "order of shards"))
-            order = torch.utils.data.RandomSampler(paths, num_samples=10**9, generator=shuffle)
+            sampler = torch.utils.data.RandomSampler(paths, num_samples=10**9, generator=shuffle)
         where = dict(latents_dir=args.runs_dir / args.game / split, dynamics=dynamics)
-        self.shards = read_ahead(paths, order, game=args.game, context=context, **where)
+        self.shards = read_ahead(paths, sampler, game=args.game, context=context, **where)
         self.paths, self.windows = [None] * num_slots, [None] * num_slots  # of the shard in a slot
-        self.obs, self.z, self.oldest, self.draws = None, None, 0, 0
+        self.obs, self.oldest, self.draws = None, 0, 0
         for slot in range(num_slots):
-            self._fill(slot, *next(self.shards))
+            self._fill(slot)
         if not self.streams:
             self.shards = None  # ends the workers
         self.rows = torch.cat(self.windows)
         if len(self.rows) == 0:
             fail(f"no window of {context + 2} frames in {self.folder} lies within an episode")
 
-    def _fill(self, slot, path, obs, valid, z, settings):
+    def _fill(self, slot):
+        path, obs, valid, z, settings = next(self.shards)
         if self.obs is None:
             self.frame_size, self.settings = obs.shape[1], settings
             size, place = len(self.paths) * self.slot_rows, dict(device=self.device)
@@ -434,22 +424,18 @@ class FrameStore:
                 fits = size * obs[0].nbytes < torch.cuda.mem_get_info(self.device)[0] / 2
                 place = place if fits else dict(pin_memory=True)
             self.obs = torch.empty(size, *obs.shape[1:], dtype=torch.uint8, **place)
-            if z is not None:
-                self.z = torch.empty(size, z.shape[1], dtype=torch.float16, **place)
+            self.z = torch.empty(size, z.shape[1], dtype=torch.float16, **place)
         if obs.shape[1] != self.frame_size:
-            self.shards.close()
             fail(f"{self.folder} has frames of {self.frame_size} and of {obs.shape[1]} pixels")
         start = slot * self.slot_rows
-        self.obs[start : start + len(obs)] = torch.from_numpy(obs)
-        if z is not None:
-            self.z[start : start + len(z)] = torch.from_numpy(z)
-        self.windows[slot] = torch.from_numpy(start + np.flatnonzero(valid))
-        self.paths[slot] = path
+        for pool, array in ((self.obs, obs), (self.z, z)):
+            pool[start : start + len(array)] = torch.from_numpy(array)
+        self.paths[slot], self.windows[slot] = path, torch.from_numpy(start + np.flatnonzero(valid))
 
     def draw(self, batch):
         """Rows int64 (B,) of o_t, for the methods below; they hold until the next draw()."""
         if self.streams and self.draws >= len(self.windows[self.oldest]):
-            self._fill(self.oldest, *next(self.shards))
+            self._fill(self.oldest)
             self.oldest, self.draws = (self.oldest + 1) % len(self.paths), 0
             self.rows = torch.cat(self.windows)
         self.draws += batch
@@ -475,15 +461,13 @@ def true_actions_to_report_on(store, rows):
     """The true actions at rows of a FrameStore: int [n], those of equal effect merged, or float32
     [n, A] if continuous. None if there are no label files. For metrics alone, never for a loss.
     """
-    actions = None
-    for slot, path in enumerate(store.paths):
-        if not path.with_name(path.name.replace("frames", "labels")).exists():
-            return None
-        shard = read_actions(path)
-        if actions is None:
-            actions = np.zeros((len(store.obs), *shard.shape[1:]), shard.dtype)
-        actions[slot * store.slot_rows :][: len(shard)] = shard
-    actions = actions[rows.numpy()]
+    names = (path.name.replace("frames", "labels") for path in store.paths)
+    if not all((store.folder / name).exists() for name in names):
+        return None
+    shards = [read_actions(path) for path in store.paths]
+    starts = np.cumsum([0, *map(len, shards)])
+    slot, row = np.divmod(rows.numpy(), store.slot_rows)
+    actions = np.concatenate(shards)[starts[slot] + row]
     return actions if actions.dtype.kind == "f" else distinct_actions(store.game)[actions]
 
 
@@ -504,9 +488,8 @@ def save_state(path, args, step, parts, **values):
 
 
 def load_state(path, args, parts):
-    """With --resume, restores parts ({name: object with state_dict(), or torch.Generator}).
-
-    Returns the step and the values that were saved; 0 and {} without --resume or a saved state.
+    """With --resume, restores parts ({name: object with state_dict(), or torch.Generator}). Returns
+    the step and the values that were saved; 0 and {} without --resume or a saved state.
     """
     if not args.resume or not Path(path).exists():
         return 0, {}
@@ -531,9 +514,8 @@ def progress_bar(total, unit, description=None, initial=0):
 
 
 class MetricsLog:
-    """A progress bar, and rows of metrics for the screen and a CSV file; first comes the step.
-
-    start: the step that a run resumes from; later rows leave the file.
+    """A progress bar, and rows of metrics for the screen and a CSV file; first comes the step. Of
+    a run that resumes at the step `start`, later rows leave the file.
     """
 
     def __init__(self, path, total, unit, start=0):
