@@ -143,10 +143,8 @@ class ExpertPolicy(nn.Module):
 
 
 def compute_gae(rewards, values, dones, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016).
-
-    rewards (T, B) and dones (T, B) of the actions at t, values (T + 1, B) of the frames. Nothing
-    crosses an episode's end. Returns advantages (T, B) and value targets (T, B).
+    """Generalized advantage estimation (Schulman et al. 2016): rewards (T, B) and dones (T, B) of
+    the actions at t, values (T + 1, B) of the frames -> advantages (T, B), value targets (T, B).
     """
     advantages, advantage = torch.zeros_like(rewards), 0.0
     for t in reversed(range(len(rewards))):
@@ -177,6 +175,24 @@ def ppo_loss(
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
+def ppo_update(policy, optimizer, inputs, steps, args, generator):
+    """Epochs of minibatches. inputs: what the policy sees, steps: action .. target of ppo_loss(),
+    all (T, B, ..). Returns the metrics of the last minibatch.
+    """
+    inputs, steps = ([x.flatten(0, 1) for x in part] for part in (inputs, steps))
+    coefs = args.clip, args.value_coef, args.entropy_coef
+    for _ in range(args.epochs):
+        permutation = torch.randperm(len(steps[0]), generator=generator, device=generator.device)
+        for rows in permutation.chunk(args.minibatches):
+            outputs = policy(*(x[rows] for x in inputs))
+            loss, metrics = ppo_loss(*outputs, *(x[rows] for x in steps), *coefs)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            optimizer.step()
+    return metrics
+
+
 def sample_actions(logits, generator):
     """logits (B, A) -> actions int64 (B,), drawn from the softmax."""
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
@@ -192,45 +208,32 @@ def train_expert(args, settings, device, path):
     generator = torch.Generator(device).manual_seed(seed)
     normalize_rewards = common.RewardNormalizer(args.num_envs, args.gamma)
 
-    t, b, s = args.rollout_steps, args.num_envs, args.frame_size
-    obs = torch.zeros(t, b, s, s, 3, dtype=torch.uint8, device=device)
-    actions = torch.zeros(t, b, dtype=torch.long, device=device)
-    logprobs, rewards, dones = (torch.zeros(t, b, device=device) for _ in range(3))
-    values = torch.zeros(t + 1, b, device=device)
-
-    run = args.runs_dir / args.game
-    updates, state = max(1, args.expert_steps // (t * b)), run / "expert_state.pt"
+    run, batch = args.runs_dir / args.game, args.rollout_steps * args.num_envs
+    updates, state = max(1, args.expert_steps // batch), run / "expert_state.pt"
     parts = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator)
     parts |= dict(normalize_rewards=normalize_rewards)
     start, _ = common.load_state(state, args, parts)
-    log = common.MetricsLog(run / "expert.csv", updates * t * b, "step", start)
-    for update in range(start // (t * b) + 1, updates + 1):
+    log = common.MetricsLog(run / "expert.csv", updates * batch, "step", start)
+    for update in range(start // batch + 1, updates + 1):
+        steps = []
         with torch.no_grad():
-            for step in range(t):
-                obs[step] = torch.from_numpy(envs.obs)
-                logits, values[step] = policy(obs[step])
-                actions[step] = sample_actions(logits, generator)
-                logprobs[step] = logits.log_softmax(-1).gather(1, actions[step, :, None])[:, 0]
-                _, reward, done = envs.step(actions[step].cpu().numpy())
-                rewards[step] = torch.from_numpy(normalize_rewards(reward, done))
-                dones[step] = torch.from_numpy(done)
-            values[t] = policy(torch.from_numpy(envs.obs).to(device))[1]
-        advantages, targets = compute_gae(rewards, values, dones, args.gamma, args.gae_lambda)
+            for _ in range(args.rollout_steps):
+                obs = torch.from_numpy(envs.obs).to(device)
+                logits, value = policy(obs)
+                action = sample_actions(logits, generator)
+                logprob = logits.log_softmax(-1).gather(1, action[:, None])[:, 0]
+                _, reward, done = envs.step(action.cpu().numpy())
+                outcome = torch.from_numpy(normalize_rewards(reward, done)), torch.from_numpy(done)
+                steps.append((obs, action, logprob, value, *(x.to(device) for x in outcome)))
+            obs, actions, logprobs, values, rewards, dones = map(torch.stack, zip(*steps))
+            last_value = policy(torch.from_numpy(envs.obs).to(device))[1]
+        all_values = torch.cat([values, last_value[None]])  # (T + 1, B)
+        advantages, targets = compute_gae(rewards, all_values, dones, args.gamma, args.gae_lambda)
+        rollout = actions, logprobs, values, advantages, targets
+        metrics = ppo_update(policy, optimizer, [obs], rollout, args, generator)
+        log.bar.update(batch)
 
-        rollout = (obs, actions, logprobs, values[:-1], advantages, targets)
-        flat_obs, *flat = [x.flatten(0, 1) for x in rollout]
-        for _ in range(args.epochs):
-            permutation = torch.randperm(t * b, generator=generator, device=device)
-            for rows in permutation.chunk(args.minibatches):
-                coefs = (args.clip, args.value_coef, args.entropy_coef)
-                loss, metrics = ppo_loss(*policy(flat_obs[rows]), *(x[rows] for x in flat), *coefs)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-                optimizer.step()
-        log.bar.update(t * b)
-
-        env_step = update * t * b
+        env_step = update * batch
         if update % 5 == 0 or update == updates:  # every 82k steps at the paper's settings
             common.check_finite(env_step, run / "expert.pt", policy)
             returns = [episode_return for _, episode_return in envs.finished]

@@ -195,10 +195,8 @@ class OnlinePolicy(nn.Module):
 
 
 def compute_gae(rewards, values, dones, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016).
-
-    rewards (T, B) and dones (T, B) of the actions at t, values (T + 1, B) of the frames. Nothing
-    crosses an episode's end. Returns advantages (T, B) and value targets (T, B).
+    """Generalized advantage estimation (Schulman et al. 2016): rewards (T, B) and dones (T, B) of
+    the actions at t, values (T + 1, B) of the frames -> advantages (T, B), value targets (T, B).
     """
     advantages, advantage = torch.zeros_like(rewards), 0.0
     for t in reversed(range(len(rewards))):
@@ -227,6 +225,24 @@ def ppo_loss(
     kl = (ratio - 1 - log_ratio).mean()
     metrics = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, kl=kl)
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def ppo_update(policy, optimizer, inputs, steps, args, generator):
+    """Epochs of minibatches. inputs: what the policy sees, steps: action .. target of ppo_loss(),
+    all (T, B, ..). Returns the metrics of the last minibatch.
+    """
+    inputs, steps = ([x.flatten(0, 1) for x in part] for part in (inputs, steps))
+    coefs = args.clip, args.value_coef, args.entropy_coef
+    for _ in range(args.epochs):
+        permutation = torch.randperm(len(steps[0]), generator=generator, device=generator.device)
+        for rows in permutation.chunk(args.minibatches):
+            outputs = policy(*(x[rows] for x in inputs))
+            loss, metrics = ppo_loss(*outputs, *(x[rows] for x in steps), *coefs)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            optimizer.step()
+    return metrics
 
 
 def sample_actions(logits, generator):
@@ -284,6 +300,37 @@ def fit_decoder(decoder, z, actions, args, generator):
             optimizer.step()
 
 
+# --- training -------------------------------------------------------------------------------------
+
+
+def load_networks(run, game, device, with_idm):
+    """The content of latent_policy.pt, stage 2's policy and stage 1's IDM (or None), both frozen."""
+    saved = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", game)
+    latent_policy = LatentPolicy(saved["frame_size"], saved["multiplier"], saved["z_dim"])
+    latent_policy.load_state_dict(saved["policy"])
+    latent_policy.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    if not with_idm:
+        return saved, latent_policy, None
+    path = run / "latent_dynamics.pt"
+    dynamics = common.load_checkpoint(path, "latent_dynamics", game)
+    if dynamics["fingerprint"] != saved["dynamics"]:
+        common.fail(f"{path} is of another run of stage 1 than latent_policy.pt; run stage 2")
+    idm = IDM(saved["frame_size"], saved["context"], dynamics["multiplier"], saved["z_dim"])
+    idm.load_state_dict(dynamics["idm"])
+    return saved, latent_policy, idm.to(device, memory_format=torch.channels_last)
+
+
+def plot_all_methods(run, game, path, settings):
+    """Plots the curves of all methods in the folder, beside the returns of expert and random."""
+    references = {x: settings.get(f"{x}_return", float("nan")) for x in ("expert", "random")}
+    curves = {}
+    for file in sorted(run.glob("decode_online_*.npz")):
+        curve = common.load_npz(file, ("env_steps", "returns"))
+        curves[file.stem[14:]] = curve["env_steps"], curve["returns"][:, None]
+    title = f"{game}: latent policy decoded online, 1 seed"
+    plot(path, title, "environment steps", curves, references)
+
+
 def main(args):
     device = common.pick_device(args.device)
     torch.manual_seed(args.seed)
@@ -297,54 +344,35 @@ def main(args):
     if with_decoder and not refits:
         common.fail(f"no update ends between --refit-from {args.refit_from} and --refit-until")
 
-    # --- networks: stage 2's policy and stage 1's IDM are frozen
-    checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", args.game)
-    size, k, z_dim = (checkpoint[name] for name in ("frame_size", "context", "z_dim"))
-    latent_policy = LatentPolicy(size, checkpoint["multiplier"], z_dim)
-    latent_policy.load_state_dict(checkpoint["policy"])
-    latent_policy.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    if with_decoder:
-        path = run / "latent_dynamics.pt"
-        dynamics = common.load_checkpoint(path, "latent_dynamics", args.game)
-        if dynamics["fingerprint"] != checkpoint["dynamics"]:
-            common.fail(f"{path} is of another run of stage 1 than latent_policy.pt; run stage 2")
-        idm = IDM(size, k, dynamics["multiplier"], z_dim)
-        idm.load_state_dict(dynamics["idm"])
-        idm.to(device, memory_format=torch.channels_last)
+    # --- networks
+    checkpoint, latent_policy, idm = load_networks(run, args.game, device, with_decoder)
+    settings, k, z_dim = (checkpoint[name] for name in ("settings", "context", "z_dim"))
     policy = OnlinePolicy(latent_policy.hidden, with_decoder).requires_grad_(True).to(device)
     decoder = ActionDecoder(z_dim).to(device)
     parameters = [dict(params=getattr(policy, part).parameters(), lr=0.0) for part in ramps]
     optimizer = torch.optim.Adam(parameters, fused=True)
 
-    # --- games and buffers
-    settings, seed = checkpoint["settings"], common.derive_seed(args.seed, "decode online")
-    references = {x: settings.get(f"{x}_return", float("nan")) for x in ("expert", "random")}
+    # --- games, the frames so far, and all transitions until the decoder's last fit
+    seed = common.derive_seed(args.seed, "decode online")
     envs = common.ProcgenEnvs(settings, b, seed)
     generator = torch.Generator(device).manual_seed(seed)
     normalize_rewards = common.RewardNormalizer(b, args.gamma)
     distinct = torch.from_numpy(common.distinct_actions(args.game)).to(device)
-    # k frames from before the rollout, T frames, and the one that the next rollout starts from
-    frames = torch.zeros(k + t + 1, b, size, size, 3, dtype=torch.uint8, device=device)
-    firsts = torch.ones(k + t + 1, b, dtype=torch.bool, device=device)
-    features = torch.zeros(t + 1, b, latent_policy.cnn.num_features, device=device)
-    # zeros until the first fit: the agent starts uniformly random (official: an unfitted decoder)
-    decoded = torch.zeros(t + 1, b, common.NUM_ACTIONS, device=device)
-    actions = torch.zeros(t, b, dtype=torch.long, device=device)
-    logprobs, rewards = torch.zeros(t, b, device=device), torch.zeros(t, b, device=device)
-    values = torch.zeros(t + 1, b, device=device)
-    # of all rollouts until the decoder's last fit
+    obs = torch.from_numpy(envs.obs).to(device)
+    frames = torch.stack([torch.zeros_like(obs)] * k + [obs])  # (k + 1, B, S, S, 3)
+    firsts = torch.ones(k + 1, b, dtype=torch.bool, device=device)
     z_seen = torch.zeros(0, z_dim, dtype=torch.half, device=device)
     actions_seen = torch.zeros(0, dtype=torch.long, device=device)
-    frames[-1] = torch.from_numpy(envs.obs)
 
     @torch.no_grad()
-    def look(step):
-        """Encodes this step's frame, once for all epochs. Returns the logits (B, 15)."""
-        features[step] = latent_policy.features(frames[k + step])
+    def look(obs):
+        """Encodes frames, once for all epochs: features (B, F), and what the heads make of them."""
+        features = latent_policy.features(obs)
+        # zeros until the first fit: the agent starts uniformly random (official: unfitted decoder)
+        decoded = torch.zeros(b, common.NUM_ACTIONS, device=device)
         if fitted:
-            decoded[step] = decoder(latent_policy.latent(features[step]))
-        logits, values[step] = policy(features[step], decoded[step])
-        return logits
+            decoded = decoder(latent_policy.latent(features))
+        return features, decoded, *policy(features, decoded)
 
     # --- training
     output = run / f"decode_online_{args.method}"
@@ -357,39 +385,33 @@ def main(args):
     start, saved = common.load_state(state, args, parts)
     if saved:
         curve, decoder_accuracy = saved["curve"], saved["decoder_accuracy"]
-        frames[-k - 1 :], firsts[-k - 1 :] = saved["frames"], saved["firsts"]
-        z_seen, actions_seen = saved["z_seen"].to(device), saved["actions_seen"].to(device)
+        names = ("frames", "firsts", "z_seen", "actions_seen")
+        frames, firsts, z_seen, actions_seen = (saved[name].to(device) for name in names)
     log = common.MetricsLog(f"{output}.csv", updates * t * b, "step", start)
     for update in range(start // (t * b) + 1, updates + 1):
         fitted = with_decoder and update > refits[0]
-        frames[: k + 1], firsts[: k + 1] = frames[-k - 1 :].clone(), firsts[-k - 1 :].clone()
-        for step in range(t):
-            logits = look(step)
-            actions[step] = sample_actions(logits, generator)
-            logprobs[step] = logits.log_softmax(-1).gather(1, actions[step, :, None])[:, 0]
-            obs, reward, done = envs.step(actions[step].cpu().numpy())
-            rewards[step] = torch.from_numpy(normalize_rewards(reward, done))
-            frames[k + step + 1] = torch.from_numpy(obs)
-            firsts[k + step + 1] = torch.from_numpy(done)
-        look(t)  # for the last value
+        # k frames from before the rollout, T frames, and the one that the next rollout starts from
+        frames, firsts, steps = [*frames[-k - 1 :]], [*firsts[-k - 1 :]], []
+        for _ in range(t):
+            features, decoded, logits, value = look(frames[-1])
+            action = sample_actions(logits, generator)
+            logprob = logits.log_softmax(-1).gather(1, action[:, None])[:, 0]
+            obs, reward, done = envs.step(action.cpu().numpy())
+            reward = torch.from_numpy(normalize_rewards(reward, done)).to(device)
+            steps.append((features, decoded, action, logprob, value, reward))
+            frames.append(torch.from_numpy(obs).to(device))
+            firsts.append(torch.from_numpy(done).to(device))
+        features, decoded, actions, logprobs, values, rewards = map(torch.stack, zip(*steps))
+        frames, firsts = torch.stack(frames), torch.stack(firsts)  # (k + T + 1, B, ..)
+        all_values = torch.cat([values, look(frames[-1])[3][None]])  # (T + 1, B)
         dones = firsts[k + 1 :]  # the frame after the last of an episode opens the next
-        advantages, targets = compute_gae(rewards, values, dones, args.gamma, args.gae_lambda)
+        advantages, targets = compute_gae(rewards, all_values, dones, args.gamma, args.gae_lambda)
 
         # the learning rate is that of the step before the rollout (official code)
         for group, ramp in zip(optimizer.param_groups, ramps.values()):
             group["lr"] = learning_rate((update - 1) * t * b, ramp, args.lr, args.env_steps)
-        rollout = (features[:-1], decoded[:-1], actions, logprobs, values[:-1], advantages, targets)
-        flat_features, flat_decoded, *flat = [x.flatten(0, 1) for x in rollout]
-        for _ in range(args.epochs):
-            permutation = torch.randperm(t * b, generator=generator, device=device)
-            for rows in permutation.chunk(args.minibatches):
-                outputs = policy(flat_features[rows], flat_decoded[rows])
-                coefs = (args.clip, args.value_coef, args.entropy_coef)
-                loss, metrics = ppo_loss(*outputs, *(x[rows] for x in flat), *coefs)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-                optimizer.step()
+        rollout = actions, logprobs, values, advantages, targets
+        metrics = ppo_update(policy, optimizer, [features, decoded], rollout, args, generator)
 
         if with_decoder and update <= refits[-1]:
             z, taken = label_transitions(idm, frames, firsts, actions)
@@ -407,20 +429,13 @@ def main(args):
         if env_step // every > (env_step - t * b) // every or update == updates:
             common.check_finite(env_step, f"{output}.pt", policy)
             returns = [episode_return for _, episode_return in envs.finished]
-            curve["env_steps"].append(env_step)
-            curve["returns"].append(float(np.mean(returns)) if returns else float("nan"))
-            curve["episodes"].append(len(returns))
             envs.finished.clear()
-            metrics["decoder_accuracy"] = decoder_accuracy
-            log.write(**{name: values[-1] for name, values in curve.items()}, **metrics)
-            arrays = {name: np.array(values) for name, values in curve.items()}
-            common.save_npz(f"{output}.npz", settings | asdict(args) | dict(resume=False), **arrays)
-            curves = {}  # of all methods in the folder
-            for path in sorted(run.glob("decode_online_*.npz")):
-                other = common.load_npz(path, ("env_steps", "returns"))
-                curves[path.stem[14:]] = other["env_steps"], other["returns"][:, None]
-            title = f"{args.game}: latent policy decoded online, 1 seed"
-            plot(f"{output}.png", title, "environment steps", curves, references)
+            mean_return = float(np.mean(returns)) if returns else float("nan")
+            point = dict(env_steps=env_step, returns=mean_return, episodes=len(returns))
+            curve = {name: [*curve[name], value] for name, value in point.items()}
+            log.write(**point, **metrics, decoder_accuracy=decoder_accuracy)
+            common.save_npz(f"{output}.npz", settings | asdict(args) | dict(resume=False), **curve)
+            plot_all_methods(run, args.game, f"{output}.png", settings)
             common.save_state(
                 state, args, env_step, parts, curve=curve, decoder_accuracy=decoder_accuracy,
                 frames=frames[-k - 1 :].clone(), firsts=firsts[-k - 1 :].clone(),
@@ -428,8 +443,9 @@ def main(args):
             )  # fmt: skip
             common.save_checkpoint(
                 f"{output}.pt", kind="decode_online", game=args.game, env_step=env_step,
-                settings=settings, frame_size=size, multiplier=checkpoint["multiplier"],
-                z_dim=z_dim, policy=policy.state_dict(), latent_policy=latent_policy.state_dict(),
+                settings=settings, frame_size=checkpoint["frame_size"],
+                multiplier=checkpoint["multiplier"], z_dim=z_dim, policy=policy.state_dict(),
+                latent_policy=latent_policy.state_dict(),
                 decoder=decoder.state_dict() if with_decoder else None,
             )  # fmt: skip
     log.bar.close()
