@@ -29,11 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-
-try:
-    import fcntl
-except ImportError:  # Windows has no file locks of this kind
-    fcntl = None
+from filelock import FileLock, Timeout
 
 
 @dataclass
@@ -157,8 +153,8 @@ def compute_gae(rewards, values, dones, gamma, gae_lambda):
 def ppo_loss(
     logits, value, action, old_logprob, old_value, advantage, target, clip, value_coef, entropy_coef
 ):
-    """PPO's loss (Schulman et al. 2017) on a minibatch, all (B,) but logits (B, A); the value is
-    clipped as well. Returns the loss () and detached metrics.
+    """PPO's loss (Schulman et al. 2017) on a minibatch, all (B,) but logits (B, A), and metrics.
+    The value is clipped as well.
     """
     distribution = torch.distributions.Categorical(logits=logits, validate_args=False)
     log_ratio = distribution.log_prob(action) - old_logprob
@@ -171,8 +167,7 @@ def ppo_loss(
     entropy = distribution.entropy().mean()
     loss = policy_loss + value_coef * value_loss - entropy_coef * entropy
     kl = (ratio - 1 - log_ratio).mean()
-    metrics = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, kl=kl)
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    return loss, dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, kl=kl)
 
 
 def ppo_update(policy, optimizer, inputs, steps, args, generator):
@@ -267,44 +262,41 @@ def record(args, settings, act, num_frames, folder):
     act: obs uint8 [B, S, S, 3] -> actions int [B]. The folder appears when it is complete.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # released when the process ends
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        lock.acquire(timeout=0)  # released with the variable, or when the process ends
+    except Timeout:
         common.fail(f"another run is recording {folder}")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     part.mkdir()
     envs = make_games(args, settings, folder.name)
-    b, s, steps = args.num_envs, args.frame_size, -(-num_frames // args.num_envs)
-    bar, pending = common.progress_bar(steps * b, "frame", folder.name), []
+    b, length = args.num_envs, -(-num_frames // args.num_envs)  # of each stream
+    bar, pending = common.progress_bar(length * b, "frame", folder.name), []
     with ThreadPoolExecutor(max(1, common.NUM_CORES // 2)) as pool:  # zlib releases the GIL
-        for shard, start in enumerate(range(0, steps, args.rollout_steps)):
-            length = min(args.rollout_steps, steps - start)
-            obs = np.empty((b, length, s, s, 3), np.uint8)
-            action, reward = np.empty((b, length), np.uint8), np.empty((b, length), np.float32)
-            first = np.zeros((b, length), bool)
-            first[:, 0] = True  # a stream starts here: its past is in another shard
-            for step in range(length):
-                actions = act(envs.obs)
-                obs[:, step] = common.shrink(envs.obs, s)
-                action[:, step] = np.where(actions < 0, 4, actions)  # -1 ends an episode (solver)
-                _, reward[:, step], done = envs.step(actions)
-                first[:, step + 1 : step + 2] = done[:, None]
-            frames = dict(obs=obs.reshape(-1, s, s, 3), first=first.reshape(-1))
-            labels = dict(action=action.reshape(-1), reward=reward.reshape(-1))
-            for name, arrays in dict(frames=frames, labels=labels).items():
+        for shard, start in enumerate(range(0, length, args.rollout_steps)):
+            steps, first = [], np.ones(b, bool)  # a stream starts: its past is in another shard
+            for _ in range(min(args.rollout_steps, length - start)):
+                obs, action = common.shrink(envs.obs, args.frame_size), act(envs.obs)
+                _, reward, done = envs.step(action)
+                action = np.where(action < 0, 4, action)  # -1 ends an episode (solver)
+                steps.append((obs, first, action.astype(np.uint8), reward))
+                first = done
+            columns = (np.stack(x, 1) for x in zip(*steps))  # [B, T, ..]
+            obs, first, action, reward = (x.reshape(-1, *x.shape[2:]) for x in columns)
+            frames, labels = dict(obs=obs, first=first), dict(action=action, reward=reward)
+            for name, arrays in (("frames", frames), ("labels", labels)):
                 path = part / f"{name}_{shard:03d}.npz"
                 pending.append(pool.submit(common.save_npz, path, settings, **arrays))
             while len(pending) > 2 * common.NUM_CORES:
                 pending.pop(0).result()
-            bar.update(length * b)
+            bar.update(len(steps) * b)
         for future in pending:
             future.result()
     bar.close()
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-    print(f"{folder.name}: {steps * b:,} frames in {folder}")
+    print(f"{folder.name}: {length * b:,} frames in {folder}")
 
 
 def splits_to_record(args, settings):

@@ -121,7 +121,7 @@ def shrink(frames, size):
 class ProcgenEnvs:
     """`num_envs` Procgen games ("easy") that step together; the games' own seed is set.
 
-    settings: game, frame_size and, if not the defaults of collect_data.py, its level flags and plain.
+    settings: game, frame_size and, if wanted, start_level, num_levels, plain (see collect_data.py).
     obs: uint8 [B, S, S, 3], the current frames. finished: (env, episodic return) of each episode
     that ended; the caller empties it.
     """
@@ -353,7 +353,7 @@ def valid_windows(first, context):
 
 
 def read_shard(path, game, context, latents_dir=None, dynamics=None):
-    """path, obs uint8 [N, S, S, 3], valid bool [N], z float16 [N, Z] (Z = 0: no latents), settings"""
+    """path, obs uint8 [N, S, S, 3], valid bool [N], z float16 [N, Z] (Z = 0: unread), settings"""
     try:
         obs, first, settings = read_frames(path, game)
         valid, z = valid_windows(first, context), np.zeros((len(obs), 0), np.float16)
@@ -465,7 +465,7 @@ def true_actions_to_report_on(store, rows):
     if not all((store.folder / name).exists() for name in names):
         return None
     shards = [read_actions(path) for path in store.paths]
-    starts = np.cumsum([0, *map(len, shards)])
+    starts = np.cumsum([0, *map(len, shards)])  # of each shard
     slot, row = np.divmod(rows.numpy(), store.slot_rows)
     actions = np.concatenate(shards)[starts[slot] + row]
     return actions if actions.dtype.kind == "f" else distinct_actions(store.game)[actions]

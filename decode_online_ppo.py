@@ -169,9 +169,8 @@ class ActionDecoder(nn.Module):
 
 
 class OnlinePolicy(nn.Module):
-    """What PPO trains: the layer after the frozen convolutions, an action head and a value head.
-
-    The layer is a copy; the decoder is fed by the latent policy's own, which stays frozen.
+    """What PPO trains: a copy of the layer after the frozen convolutions (the decoder is fed by the
+    latent policy's own), an action head and a value head.
     """
 
     def __init__(self, hidden, with_decoder):
@@ -209,8 +208,8 @@ def compute_gae(rewards, values, dones, gamma, gae_lambda):
 def ppo_loss(
     logits, value, action, old_logprob, old_value, advantage, target, clip, value_coef, entropy_coef
 ):
-    """PPO's loss (Schulman et al. 2017) on a minibatch, all (B,) but logits (B, A); the value is
-    clipped as well. Returns the loss () and detached metrics.
+    """PPO's loss (Schulman et al. 2017) on a minibatch, all (B,) but logits (B, A), and metrics.
+    The value is clipped as well.
     """
     distribution = torch.distributions.Categorical(logits=logits, validate_args=False)
     log_ratio = distribution.log_prob(action) - old_logprob
@@ -223,8 +222,7 @@ def ppo_loss(
     entropy = distribution.entropy().mean()
     loss = policy_loss + value_coef * value_loss - entropy_coef * entropy
     kl = (ratio - 1 - log_ratio).mean()
-    metrics = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, kl=kl)
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    return loss, dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, kl=kl)
 
 
 def ppo_update(policy, optimizer, inputs, steps, args, generator):
@@ -267,11 +265,10 @@ def refit_is_due(update, args):
 
 @torch.no_grad()
 def label_transitions(idm, frames, firsts, actions, batch_size=512):
-    """z (M, Z) of a rollout's transitions, and the actions (M,) taken at their middle frames o_t.
+    """z (M, Z) of a rollout's windows within an episode, and the actions (M,) taken at their o_t.
 
     frames uint8 (k + T + 1, B, S, S, 3), firsts bool (k + T + 1, B): k frames before the rollout,
-    the T frames at which actions (T, B) were taken, and the one after. Windows across an episode's
-    end are left out.
+    the T frames at which actions (T, B) were taken, and the one after.
     """
     length = len(frames) - len(actions) + 1  # k + 2 frames in a window
     episode = firsts.long().cumsum(0)
@@ -304,7 +301,7 @@ def fit_decoder(decoder, z, actions, args, generator):
 
 
 def load_networks(run, game, device, with_idm):
-    """The content of latent_policy.pt, stage 2's policy and stage 1's IDM (or None), both frozen."""
+    """The content of latent_policy.pt, and frozen: its policy and stage 1's IDM, or None."""
     saved = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", game)
     latent_policy = LatentPolicy(saved["frame_size"], saved["multiplier"], saved["z_dim"])
     latent_policy.load_state_dict(saved["policy"])
@@ -363,15 +360,14 @@ def main(args):
     firsts = torch.ones(k + 1, b, dtype=torch.bool, device=device)
     z_seen = torch.zeros(0, z_dim, dtype=torch.half, device=device)
     actions_seen = torch.zeros(0, dtype=torch.long, device=device)
+    # until the first fit: the agent starts uniformly random (official code: an unfitted decoder)
+    not_decoded = torch.zeros(b, common.NUM_ACTIONS, device=device)
 
     @torch.no_grad()
     def look(obs):
         """Encodes frames, once for all epochs: features (B, F), and what the heads make of them."""
         features = latent_policy.features(obs)
-        # zeros until the first fit: the agent starts uniformly random (official: unfitted decoder)
-        decoded = torch.zeros(b, common.NUM_ACTIONS, device=device)
-        if fitted:
-            decoded = decoder(latent_policy.latent(features))
+        decoded = decoder(latent_policy.latent(features)) if fitted else not_decoded
         return features, decoded, *policy(features, decoded)
 
     # --- training

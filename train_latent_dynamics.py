@@ -23,8 +23,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -180,10 +180,9 @@ class NoQuantizer(nn.Module):
 
 
 def conv_with_planes(conv, x, z):
-    """conv(x and z as constant planes): x (B, C, S, S), z (B, Z) -> (B, out, S, S).
-
-    A padded 3x3 convolution of constant planes has 9 distinct values: corners, edges, inside. So a
-    3x3 tile is convolved and stretched, in a fraction of the time (results/LOG.md).
+    """conv(x and z as constant planes): x (B, C, S, S), z (B, Z) -> (B, out, S, S). A padded 3x3
+    convolution of constant planes has 9 distinct values: corners, edges, inside. So a 3x3 tile is
+    convolved and stretched, in a fraction of the time (results/LOG.md).
     """
     weight_x, weight_z = conv.weight.split([x.shape[1], z.shape[1]], 1)
     tile = F.conv2d(z[:, :, None, None].expand(-1, -1, 3, 3), weight_z, padding=1)  # (B, out, 3, 3)
@@ -261,15 +260,13 @@ def linear_probe(z, actions, test_z, test_actions):
     """Accuracy of a linear classifier of z, fitted on z, actions; and of their majority class. Of
     continuous actions float [N, A]: R^2 of a linear regression; and of their mean.
     """
+    probe, constant = LogisticRegression(C=0.1, max_iter=1000), DummyClassifier()
     if actions.dtype.kind == "f":
-        probe = make_pipeline(StandardScaler(), Ridge()).fit(z, actions)
-        mean = np.broadcast_to(actions.mean(0), test_actions.shape)
-        return float(probe.score(test_z, test_actions)), float(r2_score(test_actions, mean))
-    majority = (test_actions == np.bincount(actions).argmax()).mean()
-    if len(np.unique(actions)) == 1:
-        return float(majority), float(majority)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    return float(probe.fit(z, actions).score(test_z, test_actions)), float(majority)
+        probe, constant = Ridge(), DummyRegressor()
+    if len(np.unique(actions)) == 1:  # too few for a classifier
+        probe = constant
+    fitted = (make_pipeline(StandardScaler(), x).fit(z, actions) for x in (probe, constant))
+    return tuple(float(x.score(test_z, test_actions)) for x in fitted)
 
 
 def in_batches(model, *inputs, batch_size=512):
@@ -279,10 +276,8 @@ def in_batches(model, *inputs, batch_size=512):
 
 @torch.no_grad()
 def evaluate(idm, quantizer, fdm, test_windows, probe_windows, probe_actions):
-    """Metrics of held-out windows uint8 (N, k + 2, S, S, 3), as a dict.
-
-    The probe of probe_actions [N] (or None) is fitted on three quarters of the probe_windows, and
-    tested on the last quarter, which comes from other streams.
+    """Metrics of held-out windows uint8 (N, k + 2, S, S, 3), as a dict. The probe of probe_actions
+    [N] (or None) is fitted on three quarters of probe_windows, tested on the rest: other streams.
     """
     idm.eval(), quantizer.eval(), fdm.eval()
     z_q, _, codes = quantizer(in_batches(idm, test_windows))
