@@ -74,7 +74,7 @@ paper: .venv/installed
 # Laptop scale: plain pictures at 32x32, all levels, small networks, recordings of a solver.
 SMALL = --game $(GAME) --seed $(SEED) --data-dir laptop/data --runs-dir laptop/runs/$(1)/seed_$(SEED)
 SMALL_1 = --multiplier 0.5 --fdm-width 8 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --z-std 0.2 --eval-every 500
-SMALL_STEPS = --grad-steps $(if $(filter heist,$(GAME)),4000,2000)
+SMALL_STEPS = --grad-steps $(if $(filter heist plunder,$(GAME)),6000,2000)
 SMALL_2 = --multiplier 1 --grad-steps 5000 --lr 1e-3 --warmup-steps 100 --standardize --eval-every 1000
 SMALL_3 = --labels 16 64 256 1024 --decoder-seeds 3
 laptop: .venv/installed

@@ -2,14 +2,16 @@
 
 PPO needs millions of steps on these games; a rule that reads the picture needs none: a shortest
 path through the cells, or in plunder, a shot ahead of the ships. They see o_t alone, as the latent
-policy does. A fraction of the actions is uniformly random, so that the recordings show more. Where
-nothing is in reach, the episode is given up (action -1 restarts the game).
+policy does. A fraction of the actions is uniformly random: otherwise the past would predict much of
+what the agent does, and stage 1 would have nothing to find. Where nothing is in reach, the episode
+is given up (action -1 restarts the game).
 """
 
 import numpy as np
 
 import common
 
+RANDOM_ACTIONS = dict(maze=0.1, heist=0.1, miner=0.1, plunder=0.5)  # fraction, by game
 CELLS = dict(maze=15, heist=9, miner=10)  # a side, in "easy" mode
 MOVES = np.array([(0, -1), (0, 1), (-1, 0), (1, 0)])  # (row, column): left, right, up, down
 ACTIONS = np.array([(4, 7, 1), (3, 4, 4), (5, 4, 4)])  # [step down, step right], -1 is the last
@@ -114,11 +116,11 @@ def shoot(obs):
 class Solver:
     """obs uint8 (B, 64, 64, 3) of plain pictures -> actions int (B,)"""
 
-    def __init__(self, game, plain, seed, random_actions=0.1):
-        games = *CELLS, "plunder"
-        if game not in games or not plain:
-            common.fail(f"--solver plays {', '.join(games)}, all with --plain, and nothing else")
-        self.game, self.random_actions = game, random_actions
+    def __init__(self, game, plain, seed):
+        if game not in RANDOM_ACTIONS or not plain:
+            games = ", ".join(RANDOM_ACTIONS)
+            common.fail(f"--solver plays {games}, all with --plain, and nothing else")
+        self.game, self.random_actions = game, RANDOM_ACTIONS[game]
         self.rng = np.random.default_rng(seed)
 
     def __call__(self, obs):
