@@ -14,7 +14,8 @@ SEED ?= 1
 RUNS ?= runs
 PY := .venv/bin/python
 
-.PHONY: demo test paper laptop laptop-ablations figures
+DEMO_PARTS = demo-lapo demo-untrained demo-online demo-pictures
+.PHONY: demo $(DEMO_PARTS) test paper laptop laptop-ablations figures
 test: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -34,19 +35,30 @@ DEMO = --game miner --seed $(SEED) --device cpu --data-dir demo/data --runs-dir 
 DEMO_1 = --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.99 --predict-change --z-std 0.2
 DEMO_2 = --grad-steps 2500 --lr 1e-3 --multiplier 1 --warmup-steps 100 --standardize --eval-every 1000
 DEMO_3 = --labels 16 256 --decoder-seeds 3 --episodes 32
+# Two chains run side by side with one thread each: networks of this size gain nothing from two.
+demo $(DEMO_PARTS): export OMP_NUM_THREADS = 1
 demo: .venv/installed
 	@echo "The demo takes about 15 minutes on 2 CPU cores, 4 GB of memory and 0.2 GB of disk."
 	$(PY) collect_data.py $(call DEMO,runs) --solver --plain --frame-size 32 --train-frames 262_144 --test-frames 16_384 --random-frames 16_384 --overwrite
+	@echo "LAPO; beside it the same on an untrained IDM, a control: demo/untrained.log"
+	$(MAKE) -j2 demo-lapo demo-untrained
+	@echo "LAPO decoded online; beside it the pictures: demo/pictures.log"
+	$(MAKE) -j2 demo-online demo-pictures
+	@echo "Another control: cloning the labelled frames alone. Then the table."
+	$(PY) -m baselines.label_efficiency $(call DEMO,runs) $(DEMO_3) --methods bc --untrained-dir demo/untrained --labelled-steps 300 --clone-lr 1e-3
+	@tail -n 12 demo/pictures.log
+demo-lapo:
 	$(PY) train_latent_dynamics.py $(call DEMO,runs) $(DEMO_1) --grad-steps 1250 --eval-every 250
 	$(PY) train_latent_bc.py $(call DEMO,runs) $(DEMO_2)
 	$(PY) decode_offline.py $(call DEMO,runs) $(DEMO_3)
-	@echo "Controls: the same on an untrained IDM, and cloning the labelled frames alone."
-	$(PY) train_latent_dynamics.py $(call DEMO,untrained) $(DEMO_1) --grad-steps 0
-	$(PY) train_latent_bc.py $(call DEMO,untrained) $(DEMO_2)
-	$(PY) decode_offline.py $(call DEMO,untrained) $(DEMO_3)
-	$(PY) -m baselines.label_efficiency $(call DEMO,runs) $(DEMO_3) --methods bc --untrained-dir demo/untrained --labelled-steps 300 --clone-lr 1e-3
+demo-untrained:
+	$(PY) train_latent_dynamics.py $(call DEMO,untrained) $(DEMO_1) --grad-steps 0 > demo/untrained.log 2>&1
+	$(PY) train_latent_bc.py $(call DEMO,untrained) $(DEMO_2) >> demo/untrained.log 2>&1
+	$(PY) decode_offline.py $(call DEMO,untrained) $(DEMO_3) >> demo/untrained.log 2>&1
+demo-online:
 	$(PY) decode_online_ppo.py $(call DEMO,runs) --env-steps 131_072 --hidden-lr-ramp 50_000 80_000 0.1 --log-every-steps 16_384
-	$(PY) visualize_latents.py $(call DEMO,runs) --supervised-steps 500
+demo-pictures:
+	$(PY) visualize_latents.py $(call DEMO,runs) --supervised-steps 500 > demo/pictures.log 2>&1
 
 # Folders as results/plot_figures.py reads them: runs/<variant>/seed_<n>/<game>
 RUN = --game $(GAME) --seed $(SEED) --runs-dir runs/$(1)/seed_$(SEED)
