@@ -29,6 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from experts.solvers import Solver
 from filelock import FileLock, Timeout
 
 
@@ -320,8 +321,44 @@ def splits_to_record(args, settings):
     return splits
 
 
-def evaluate_and_record(args, settings, splits, act):
-    """Plays 4 episodes in each game, then records. act: obs [B, S, S, 3] -> actions [B]"""
+def load_expert(args, settings, device):
+    """The expert's act: obs uint8 [B, S, S, 3] -> actions int [B], trained first if not there."""
+    path = args.experts_dir / f"{args.game}.pt"
+    if not path.exists():
+        print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps on {device}, to {path}")
+        train_expert(args, settings, device, path)
+    expert = common.load_checkpoint(path, "expert", args.game)
+    for name, value in settings.items():
+        if (found := expert["settings"][name]) != value:
+            common.fail(f"{path} was trained with {name} {found}, not {value}; see --experts-dir")
+    policy = ExpertPolicy(args.frame_size, expert["multiplier"])
+    policy.load_state_dict(expert["policy"])
+    policy.to(device, memory_format=torch.channels_last).eval()
+    generator = torch.Generator(device).manual_seed(common.derive_seed(args.seed, "act"))
+    print(f"expert: {path}, trained for {expert['env_step']:,} steps")
+
+    @torch.no_grad()
+    def act(obs):
+        logits = policy(torch.from_numpy(obs).to(device))[0]
+        return sample_actions(logits / args.temperature, generator).cpu().numpy()
+
+    return act
+
+
+def main(args):
+    device = common.pick_device(args.device)
+    torch.manual_seed(args.seed)
+    if args.num_envs * args.rollout_steps // args.minibatches < 2:
+        common.fail(f"--minibatches {args.minibatches} leaves less than 2 steps in each")
+    names = ("game", "frame_size", "num_levels", "plain")
+    settings = {name: getattr(args, name) for name in names} | dict(start_level=0)
+    splits = splits_to_record(args, settings)
+    if args.train_frames and not splits:
+        return
+    if args.solver:
+        act = Solver(args.game, args.plain, args.seed)
+    else:
+        act = load_expert(args, settings, device)
     rng = np.random.default_rng(args.seed)
 
     def act_at_random(obs):
@@ -342,45 +379,6 @@ def evaluate_and_record(args, settings, splits, act):
         print(f"{split}: up to {num_frames * raw:.2g} GB before compression, {free:.0f} GB free")
         player = act_at_random if split == "random" else act
         record(args, recorded | means, player, num_frames, args.data_dir / args.game / split)
-
-
-def main(args):
-    device = common.pick_device(args.device)
-    torch.manual_seed(args.seed)
-    path = args.experts_dir / f"{args.game}.pt"
-    if args.num_envs * args.rollout_steps // args.minibatches < 2:
-        common.fail(f"--minibatches {args.minibatches} leaves less than 2 steps in each")
-    names = ("game", "frame_size", "num_levels", "plain")
-    settings = {name: getattr(args, name) for name in names} | dict(start_level=0)
-    splits = splits_to_record(args, settings)
-    if args.train_frames and not splits:
-        return
-    if args.solver:
-        from experts.solvers import Solver
-
-        solver = Solver(args.game, args.plain, args.seed)
-        return evaluate_and_record(args, settings, splits, solver)
-
-    if not path.exists():
-        print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps on {device}, to {path}")
-        train_expert(args, settings, device, path)
-    expert = common.load_checkpoint(path, "expert", args.game)
-    for name, value in settings.items():
-        if expert["settings"][name] != value:
-            found = expert["settings"][name]
-            common.fail(f"{path} was trained with {name} {found}, not {value}; see --experts-dir")
-    policy = ExpertPolicy(args.frame_size, expert["multiplier"])
-    policy.load_state_dict(expert["policy"])
-    policy.to(device, memory_format=torch.channels_last).eval()
-
-    generator = torch.Generator(device).manual_seed(common.derive_seed(args.seed, "act"))
-
-    def act(obs):
-        logits = policy(torch.from_numpy(obs).to(device))[0]
-        return sample_actions(logits / args.temperature, generator).cpu().numpy()
-
-    print(f"expert: {path}, trained for {expert['env_step']:,} steps")
-    evaluate_and_record(args, settings, splits, act)
 
 
 if __name__ == "__main__":
