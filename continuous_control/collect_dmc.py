@@ -1,17 +1,17 @@
 """Data: train a PPO expert on a DeepMind Control task and record its play (paper, A.3).
 
-The expert reads the true state; stages 1 and 2 get the rendered frames alone. No action repeat.
+The expert reads the true state; stages 1 and 2 get the rendered frames alone.
 What is recorded is the policy's mean plus a little noise: with the mean alone, the frame would
 determine the action, and memory of poses could take the place of seeing what the action did. A
 small third split records uniformly random actions, on which stage 1 probes its latent actions.
 
-reads   continuous_control/experts/<game>.pt, if it is there
-writes  otherwise that and <game>.csv beside it; data/<game>/{train,test,random}/frames_NNN.npz and
+reads   continuous_control/experts/<game>_x<action-repeat>.pt, if it is there
+writes  otherwise that and its learning curve, .csv; data/<game>/{train,test,random}/frames_NNN.npz and
         labels_NNN.npz: action float32 [N, A] in [-1, 1], taken at that frame, reward float32 [N]
 
 at 64x64      python -m continuous_control.collect_dmc --game cheetah_run
 on a CPU      python -m continuous_control.collect_dmc --game cheetah_run --plain --frame-size 32
-                  --train-episodes 64 --test-episodes 8 --random-episodes 16
+                  --action-repeat 4 --train-episodes 128 --test-episodes 16 --random-episodes 32
 """
 
 import os
@@ -31,7 +31,7 @@ from collect_data import compute_gae
 
 # domain, task, seconds of a step
 TASKS = {"cheetah_run": ("cheetah", "run", 0.01), "walker_walk": ("walker", "walk", 0.025)}
-EPISODE_STEPS = 1000  # the suite's; nothing but time ends an episode
+EPISODE_STEPS = 1000  # the suite's, before action repeat; nothing but time ends an episode
 EPISODES_PER_SHARD = 16
 
 
@@ -44,12 +44,16 @@ class Args:
     data_dir: Path = Path("data")
     """Frames and labels are in <data-dir>/<game>."""
     experts_dir: Path = Path("continuous_control/experts")
-    """An expert <experts-dir>/<game>.pt that is there is used, not trained again."""
+    """An expert <experts-dir>/<game>_x<action-repeat>.pt is used if there, not trained again."""
     overwrite: bool = False
     """Replace frames that are there."""
 
+    action_repeat: Literal[1, 2, 4] = 1
+    """Steps of the suite for each action and frame. The paper names none. With one step of 0.01 s
+    an action moves the cheetah by a fraction of a pixel, so laptops need more (PlaNet: 4, walker
+    2)."""
     train_episodes: int = 512
-    """Episodes of 1,000 frames to record for training; 0 trains the expert only."""
+    """Episodes of 1,000 / action-repeat frames for training; 0 trains the expert only."""
     test_episodes: int = 32
     """Episodes of other starting states, for evaluation."""
     random_episodes: int = 32
@@ -64,7 +68,7 @@ class Args:
     """Std of the Gaussian noise on recorded actions, whose range is -1 to 1."""
 
     expert_steps: int = 8_000_000
-    """Environment steps of PPO."""
+    """Environment steps of PPO, before action repeat."""
     num_envs: int = 32
     """Environments that step together."""
     rollout_steps: int = 256
@@ -109,7 +113,8 @@ def pick_renderer():
 class ControlEnvs:
     """`num_envs` environments of a task that step together, with the interface of ProcgenEnvs.
 
-    settings: a dict with game, frame_size (0: nothing is rendered, obs are the states) and plain.
+    settings: a dict with game, frame_size (0: nothing is rendered, obs are the states), plain and
+    action_repeat.
     states: float32 [B, D], the suite's own observations. obs: uint8 [B, S, S, 3], the frames.
     final_states: float32 [B, D], the last states of the episodes that ended with this step.
     """
@@ -120,6 +125,7 @@ class ControlEnvs:
 
         logging.set_verbosity("error")  # mujoco deprecates what the suite's models use
         self.num_envs, self.frame_size = num_envs, settings["frame_size"]
+        self.action_repeat = settings.get("action_repeat", 1)
         self.envs, self.finished, self._returns = [], [], np.zeros(num_envs)
         *names, seconds = TASKS[settings["game"]]
         for i in range(num_envs):
@@ -148,8 +154,10 @@ class ControlEnvs:
 
         Where done, an episode has ended with this reward, and obs opens the next one.
         """
-        steps = [env.step(action) for env, action in zip(self.envs, actions.clip(-1, 1))]
-        reward = np.array([step.reward for step in steps], np.float32)
+        reward = np.zeros(self.num_envs, np.float32)
+        for _ in range(self.action_repeat):  # divides an episode's length
+            steps = [env.step(action) for env, action in zip(self.envs, actions.clip(-1, 1))]
+            reward += np.array([step.reward for step in steps], np.float32)
         done = np.array([step.last() for step in steps])
         self.states = np.stack([self._state(step) for step in steps])
         self.final_states = self.states.copy()
@@ -207,8 +215,9 @@ def train_expert(args, settings, path):
     normalize_rewards = common.RewardNormalizer(b, args.gamma)
     states, actions = torch.zeros(t, b, dim), torch.zeros(t, b, num_actions)
     logprobs, rewards, dones, values = *torch.zeros(3, t, b), torch.zeros(t + 1, b)
-    updates = max(1, args.expert_steps // (t * b))
-    log = common.MetricsLog(path.with_suffix(".csv"), updates * t * b, "step")
+    batch = t * b * args.action_repeat
+    updates = max(1, args.expert_steps // batch)
+    log = common.MetricsLog(path.with_suffix(".csv"), updates * batch, "step")
     for update in range(1, updates + 1):
         optimizer.param_groups[0]["lr"] = args.expert_lr * (1 - (update - 1) / updates)
         with torch.no_grad():
@@ -242,16 +251,16 @@ def train_expert(args, settings, path):
         # running means of all states so far, after the update: old_logprob was made with these
         policy.mean.lerp_(flat[0].mean(0), 1 / update)
         policy.square.lerp_(flat[0].square().mean(0), 1 / update)
-        log.bar.update(t * b)
+        log.bar.update(batch)
         if update % 20 == 0 or update == updates:
-            common.check_finite(update * t * b, path, policy)
+            common.check_finite(update * batch, path, policy)
             mean_return = np.mean([episode_return for _, episode_return in envs.finished] or np.nan)
             envs.finished.clear()
             metrics = dict(mean_return=float(mean_return), std=policy.log_std.exp().mean())
-            log.write(env_step=update * t * b, **metrics, loss=loss)
+            log.write(env_step=update * batch, **metrics, loss=loss)
     log.bar.close()
     common.save_checkpoint(
-        path, kind="dmc_expert", game=args.game, env_step=updates * t * b,
+        path, kind="dmc_expert", game=args.game, env_step=updates * batch,
         mean_return=metrics["mean_return"], sizes=(dim, num_actions, args.hidden),
         policy=policy.state_dict(),
     )  # fmt: skip
@@ -269,7 +278,7 @@ def record(settings, act, num_episodes, seed, folder):
     """
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    s, steps = settings["frame_size"], EPISODE_STEPS
+    s, steps = settings["frame_size"], EPISODE_STEPS // settings["action_repeat"]
     bar, returns = common.progress_bar(num_episodes * steps, "frame", folder.name), []
     for shard, start in enumerate(range(0, num_episodes, EPISODES_PER_SHARD)):
         b = min(EPISODES_PER_SHARD, num_episodes - start)
@@ -302,7 +311,8 @@ def main(args):
             common.fail(f"{folder} is there already; --overwrite replaces it")
     pick_renderer()
     torch.manual_seed(args.seed)
-    settings, path = dict(game=args.game, plain=args.plain), args.experts_dir / f"{args.game}.pt"
+    settings = dict(game=args.game, plain=args.plain, action_repeat=args.action_repeat)
+    path = args.experts_dir / f"{args.game}_x{args.action_repeat}.pt"
     if not path.exists():
         print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps, to {path}")
         train_expert(args, settings, path)

@@ -80,7 +80,7 @@ def test_the_same_seed_records_the_same_and_noise_is_added_to_the_mean(root, tmp
     first, again = read(root, "test")[0], read(tmp_path, "test")[0]
     assert all(np.array_equal(first[name], again[name]) for name in first)
     collect(tmp_path, train_episodes=1, noise=0, overwrite=True)
-    mean, expert = read(tmp_path, "test")[0], torch.load(root / f"experts/{GAME}.pt")
+    mean, expert = read(tmp_path, "test")[0], torch.load(root / f"experts/{GAME}_x1.pt")
     policy = collect_dmc.ExpertPolicy(*expert["sizes"])
     policy.load_state_dict(expert["policy"])
     seed = common.derive_seed(1, "test 0")
@@ -103,6 +103,24 @@ def test_time_limits_end_episodes_and_the_last_state_is_kept(root, monkeypatch):
     assert np.array_equal(short.final_states, long.states) and short.states.dtype == np.float32
     assert abs(short.states - long.states).max() > 0.1  # another start
     assert np.array_equal(bounded.states, long.states)  # actions are clipped
+
+
+def test_a_repeated_action_is_as_many_steps_of_the_suite(root, tmp_path):
+    settings, rng = dict(game=GAME, frame_size=16, plain=True), np.random.default_rng(0)
+    one = collect_dmc.ControlEnvs(settings, 2, seed=3)
+    two = collect_dmc.ControlEnvs(settings | dict(action_repeat=2), 2, seed=3)
+    for step in range(STEPS // 2):
+        action = rng.uniform(-1, 1, (2, 6))
+        rewards = [one.step(action)[1] for _ in range(2)]
+        obs, reward, done = two.step(action)
+        assert np.array_equal(obs, one.obs) and np.array_equal(two.states, one.states)
+        np.testing.assert_allclose(reward, sum(rewards), rtol=1e-6)
+        assert (done == (step == STEPS // 2 - 1)).all()
+    assert np.allclose(one.finished, two.finished)
+    collect(tmp_path, action_repeat=2)
+    arrays, settings = read(tmp_path, "train")
+    assert len(arrays["obs"]) == 2 * STEPS // 2 and settings["action_repeat"] == 2
+    assert (tmp_path / f"experts/{GAME}_x2.pt").exists()
 
 
 def test_stages_1_and_2_take_the_shards_and_no_window_crosses_an_episode(root):
