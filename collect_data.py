@@ -30,7 +30,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from experts.solvers import Solver
-from filelock import FileLock, Timeout
 
 
 @dataclass
@@ -262,19 +261,11 @@ def record(args, settings, act, num_frames, folder):
 
     act: obs uint8 [B, S, S, 3] -> actions int [B]. The folder appears when it is complete.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)  # released with the variable, or when the process ends
-    except Timeout:
-        common.fail(f"another run is recording {folder}")
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    part.mkdir()
     envs = make_games(args, settings, folder.name)
     b, length = args.num_envs, -(-num_frames // args.num_envs)  # of each stream
     bar, pending = common.progress_bar(length * b, "frame", folder.name), []
-    with ThreadPoolExecutor(max(1, common.NUM_CORES // 2)) as pool:  # zlib releases the GIL
+    workers = max(1, common.NUM_CORES // 2)  # zlib releases the GIL
+    with common.new_folder(folder) as part, ThreadPoolExecutor(workers) as pool:
         for shard, start in enumerate(range(0, length, args.rollout_steps)):
             steps, first = [], np.ones(b, bool)  # a stream starts: its past is in another shard
             for _ in range(min(args.rollout_steps, length - start)):
@@ -295,8 +286,6 @@ def record(args, settings, act, num_frames, folder):
         for future in pending:
             future.result()
     bar.close()
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
     print(f"{folder.name}: {length * b:,} frames in {folder}")
 
 
@@ -307,11 +296,11 @@ def splits_to_record(args, settings):
     for split, num_frames in sizes.items() if args.train_frames else ():
         level = 0 if split == "train" else args.num_levels  # others than those of the training
         recorded = settings | dict(start_level=level, split=split, seed=args.seed)
-        recorded |= dict(temperature=args.temperature, solver=args.solver)
+        recorded |= dict(temperature=args.temperature, solver=args.solver, num_frames=num_frames)
         folder = args.data_dir / args.game / split
         if folder.exists() and not args.overwrite:
             found = common.read_frames(common.list_shards(folder)[0], args.game)[2]
-            differs = [name for name in recorded if found.get(name) != recorded[name]]
+            differs = [name for name, value in recorded.items() if found.get(name, value) != value]
             if differs or not args.resume:
                 why = f"with another {differs[0]}" if differs else "already"
                 common.fail(f"{folder} is there {why}; --overwrite replaces it")
@@ -347,6 +336,7 @@ def load_expert(args, settings, device):
 
 def main(args):
     device = common.pick_device(args.device)
+    common.check_game(args.game)
     torch.manual_seed(args.seed)
     if args.num_envs * args.rollout_steps // args.minibatches < 2:
         common.fail(f"--minibatches {args.minibatches} leaves less than 2 steps in each")

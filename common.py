@@ -7,9 +7,11 @@ import ctypes
 import functools
 import gc
 import hashlib
+import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import zipfile
@@ -23,7 +25,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
+
+if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character must not end a run
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 ACTIONS = "left-down left left-up down none up right-down right right-up D A W S Q E".split()
 NUM_ACTIONS = len(ACTIONS)  # 15, the same in every game
@@ -59,6 +65,14 @@ def distinct_actions(game):
         members = [ACTIONS.index(name) for name in group.split()]
         distinct[members] = members[0]
     return distinct
+
+
+def check_game(game):
+    """Ends the run if `game` cannot be played here."""
+    if game not in GAMES:
+        fail(f"'{game}' is not one of Procgen's games: {', '.join(GAMES)}")
+    if not importlib.util.find_spec("procgen"):
+        fail("a game has to be played, and Procgen is not installed here")
 
 
 def normalize_return(value, random_return, expert_return):
@@ -127,13 +141,9 @@ class ProcgenEnvs:
     """
 
     def __init__(self, settings, num_envs, seed):
-        if settings["game"] not in GAMES:
-            fail(f"'{settings['game']}' is not one of Procgen's games: {', '.join(GAMES)}")
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # gym's notice about its successor
-                from procgen import ProcgenGym3Env
-        except ImportError as error:
-            fail(f"a game has to be played, and Procgen cannot be imported here ({error})")
+        check_game(settings["game"])
+        with contextlib.redirect_stderr(io.StringIO()):  # gym's notice about its successor
+            from procgen import ProcgenGym3Env
         options = {name: settings.get(name, 0) for name in ("start_level", "num_levels")}  # 0: all
         if settings.get("plain"):
             options |= dict(use_backgrounds=False, restrict_themes=True, use_monochrome_assets=True)
@@ -231,6 +241,25 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yields a temporary folder that takes the place of `folder` if the block ends without error.
+    Of two runs at once, the second ends.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)  # released with the variable, or when the process ends
+    except Timeout:
+        fail(f"another run is recording {folder}")
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    part.mkdir()
+    yield part
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
 WRITTEN_BY = {  # what a file's name starts with: the script that writes it
     "frames_": "collect_data.py", "labels_": "collect_data.py",
     "latents_": "train_latent_dynamics.py", "latent_dynamics": "train_latent_dynamics.py",
@@ -318,7 +347,10 @@ def read_frames(path, game):
         fail(f"{path} has obs {found}, not {expected}, or first is not bool [N > 0]")
     if settings.get("game", game) != game:
         fail(f"{path} was recorded from {settings['game']}, not from {game}")
-    return obs, first, settings | dict(game=game, frame_size=size)
+    known = dict(num_levels=0)  # of own shards, which may lack settings
+    if game in GAMES:
+        known |= dict(random_return=GAMES[game][0], expert_return=GAMES[game][1])
+    return obs, first, known | settings | dict(game=game, frame_size=size)
 
 
 def read_latents(frames_path, latents_dir, dynamics):
@@ -338,8 +370,8 @@ def read_actions(frames_path):
     action, first = load_npz(path, ["action"])["action"], load_npz(frames_path, ["first"])["first"]
     continuous = action.dtype.kind == "f"
     rows = action.shape[:-1] if continuous else action.shape
-    if rows != first.shape or not continuous and action.max() >= NUM_ACTIONS:
-        fail(f"{path} has actions {action.shape} up to {action.max()}, for {len(first)} frames")
+    if rows != first.shape or not (continuous or np.isin(action, range(NUM_ACTIONS)).all()):
+        fail(f"{path} has actions {action.shape} for {len(first)} frames, or some beyond 0 .. 14")
     return action
 
 
@@ -396,7 +428,7 @@ class FrameStore:
         self.context, self.device = context, device
         paths, sampler = list_shards(self.folder), None
         lengths = [len(load_npz(path, ["first"])["first"]) for path in paths]
-        self.num_frames, self.slot_rows = sum(lengths), max(lengths)
+        self.num_frames, self.slot_rows = sum(lengths), max(1, *lengths)
         num_slots = min(len(paths), max(1, pool_frames // self.slot_rows))
         self.streams = num_slots < len(paths)
         self.generator = torch.Generator().manual_seed(derive_seed(args.seed, split))
@@ -531,4 +563,5 @@ class MetricsLog:
             header = [",".join(row)] if file.tell() == 0 else []
             print(*header, ",".join(map(str, row.values())), sep="\n", file=file)
         shown = {key: f"{x:.4g}" if isinstance(x, float) else x for key, x in row.items()}
-        self.bar.write("  ".join(f"{key} {x}" for key, x in shown.items()))
+        with contextlib.suppress(BrokenPipeError):  # `| head` must not end the run
+            self.bar.write("  ".join(f"{key} {x}" for key, x in shown.items()))

@@ -169,7 +169,10 @@ def plot(path, title, xlabel, curves, references):
 
 def main(args):
     device = common.pick_device(args.device)
+    common.check_game(args.game)
     torch.manual_seed(args.seed)
+    if min(args.labels) < 1:
+        common.fail(f"--labels {min(args.labels)}: a decoder needs at least one")
     data, run = args.data_dir / args.game, args.runs_dir / args.game
     checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", args.game)
     z_dim, settings = checkpoint["z_dim"], checkpoint["settings"]
@@ -231,8 +234,7 @@ def main(args):
     blind_return = common.evaluate(envs, act_blindly, 4).mean()
 
     # --- save first, then print
-    names = ("random_return", "expert_return")
-    random_return, expert_return = (settings.get(name, float("nan")) for name in names)
+    random_return, expert_return = settings["random_return"], settings["expert_return"]
     common.save_npz(
         run / "decode_offline.npz", settings | asdict(args), labels=np.array(args.labels),
         returns=returns, accuracy=accuracy, policy_accuracy=policy_accuracy,

@@ -319,7 +319,7 @@ def load_networks(run, game, device, with_idm):
 
 def plot_all_methods(run, game, path, settings):
     """Plots the curves of all methods in the folder, beside the returns of expert and random."""
-    references = {x: settings.get(f"{x}_return", float("nan")) for x in ("expert", "random")}
+    references = {x: settings[f"{x}_return"] for x in ("expert", "random")}
     curves = {}
     for file in sorted(run.glob("decode_online_*.npz")):
         curve = common.load_npz(file, ("env_steps", "returns"))

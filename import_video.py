@@ -11,7 +11,6 @@ python import_video.py clip.mp4 another.mp4 --name mygame
 python train_latent_dynamics.py --game mygame    # then train_latent_bc.py, visualize_latents.py
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -76,12 +75,16 @@ def read_recording(path, args):
     """obs, first and labels of a recording of the official code: done ends an episode."""
     keys = ("obs", "ta", "done", "rewards")
     obs, action, done, reward = map(common.load_npz(path, keys).get, keys)
+    if obs.ndim != 4 or obs.shape[-1] != 3:
+        common.fail(f"{path} has obs {obs.shape}, not (N, S, S, 3)")
     obs = np.stack([resize(picture, args.frame_size) for picture in obs])
     first = np.concatenate([[True], done[:-1].astype(bool)])
     return obs, first, dict(action=action.astype(np.uint8), reward=reward.astype(np.float32))
 
 
 def main(args):
+    if not args.files or args.stride < 1:
+        common.fail("name at least one file" if args.stride > 0 else "--stride starts at 1")
     folders = {split: args.data_dir / args.name / split for split in ("train", "test")}
     for folder in folders.values():
         if folder.exists() and not args.overwrite:
@@ -104,15 +107,15 @@ def main(args):
 
     settings, start = dict(game=args.name, frame_size=args.frame_size), 0
     for split, count in dict(train=num_frames - num_test, test=num_test).items():
-        shutil.rmtree(folders[split], ignore_errors=True)
-        for shard, row in enumerate(range(start, start + count, SHARD_FRAMES)):
-            rows = slice(row, min(row + SHARD_FRAMES, start + count))
-            labels = {name: array[rows] for name, array in arrays.items()}
-            frames = dict(obs=labels.pop("obs"), first=labels.pop("first"))
-            frames["first"][0] = True  # what was before it is in another shard
-            common.save_npz(folders[split] / f"frames_{shard:03d}.npz", settings, **frames)
-            if labels:
-                common.save_npz(folders[split] / f"labels_{shard:03d}.npz", settings, **labels)
+        with common.new_folder(folders[split]) as folder:
+            for shard, row in enumerate(range(start, start + count, SHARD_FRAMES)):
+                rows = slice(row, min(row + SHARD_FRAMES, start + count))
+                labels = {name: array[rows] for name, array in arrays.items()}
+                frames = dict(obs=labels.pop("obs"), first=labels.pop("first"))
+                frames["first"][0] = True  # what was before it is in another shard
+                common.save_npz(folder / f"frames_{shard:03d}.npz", settings, **frames)
+                if labels:
+                    common.save_npz(folder / f"labels_{shard:03d}.npz", settings, **labels)
         start += count
         print(f"{split}: {count:,} frames in {folders[split]}")
     print(f"next: python train_latent_dynamics.py --game {args.name}")

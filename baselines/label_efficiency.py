@@ -165,8 +165,7 @@ def main(args):
 
     # --- results so far: LAPO's, and of methods that were run before
     results = run / "decode_offline.npz"
-    nan, names = float("nan"), ("random_return", "expert_return")
-    arrays = {name: settings.get(name, nan) for name in names}
+    arrays = {name: settings[name] for name in ("random_return", "expert_return")}
     arrays["labels"], saved = np.array(args.labels), settings | asdict(args)
     if results.exists():
         arrays = common.load_npz(results)

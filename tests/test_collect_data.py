@@ -143,6 +143,7 @@ def test_frames_that_are_there_are_not_replaced_unless_asked(recorded, tmp_path)
     assert "--overwrite" in fails(run, collect_data, recorded)
     run(collect_data, recorded, resume=True)  # complete: nothing to do
     assert "another seed" in fails(run, collect_data, recorded, resume=True, seed=2)
+    assert "another num_frames" in fails(run, collect_data, recorded, resume=True, train_frames=999)
     assert before == contents(recorded)
     part = tmp_path / "data/bigfish/train.part"
     part.mkdir(parents=True)  # of a run that was killed

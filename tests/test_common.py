@@ -130,14 +130,22 @@ def test_shards_of_another_form_are_refused(tmp_path):
     whole = dict(settings={}, obs=np.zeros((4, 16, 16, 3), np.uint8), first=np.zeros(4, bool))
     common.save_npz(path, **whole)
     settings = common.read_frames(path, "maze")[2]
-    assert settings == dict(game="maze", frame_size=16)  # they need not be in the file
+    ends = dict(random_return=common.GAMES["maze"][0], expert_return=common.GAMES["maze"][1])
+    assert settings == dict(game="maze", frame_size=16, num_levels=0) | ends  # not in the file
     for words, change in {
         "float32": dict(obs=np.zeros((4, 16, 16, 3), np.float32)),
         "(3, 16, 16, 3)": dict(first=np.zeros(3, bool)),
         "recorded from miner": dict(settings=dict(game="miner")),
+        "bool [N > 0]": dict(obs=np.zeros((0, 16, 16, 3), np.uint8), first=np.zeros(0, bool)),
     }.items():
         common.save_npz(path, **whole | change)
         assert words in fails(common.read_frames, path, "maze")
+    common.save_npz(tmp_path / "maze/train" / path.name, **whole | change)  # the empty one, alone
+    assert "bool [N > 0]" in fails(store_of, tmp_path)
+    common.save_npz(path, **whole)
+    for action in ([0, 1, 2], [], [0, 1, 2, 15], [0, 1, 2, -1]):
+        common.save_npz(tmp_path / "labels_000.npz", {}, action=np.array(action, np.int64))
+        assert "for 4 frames, or some beyond" in fails(common.read_actions, path)
 
 
 @pytest.mark.parametrize("context", [0, 1, 3])

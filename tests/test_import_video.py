@@ -2,7 +2,9 @@
 
 import av
 import numpy as np
+from filelock import FileLock
 from conftest import fails, load, run
+import common
 import import_video
 import train_latent_bc as stage2
 import train_latent_dynamics as stage1
@@ -32,7 +34,7 @@ def convert(tmp_path, *files, **flags):
     """The content of the files that it makes: [train's, test's], each frames first, then labels."""
     flags = dict(name="clip", data_dir=tmp_path / "data", frame_size=16) | flags
     import_video.main(import_video.Args(files=files, **flags))
-    folders = (tmp_path / "data/clip/train", tmp_path / "data/clip/test")
+    folders = [tmp_path / "data" / flags["name"] / split for split in ("train", "test")]
     return [[load(path) for path in sorted(folder.iterdir())] for folder in folders]
 
 
@@ -63,6 +65,10 @@ def test_recordings_of_the_official_code_keep_their_labels(tmp_path):
     assert np.flatnonzero(frames["first"]).tolist() == [0, 7, 14, 21, 28, 35]
     assert np.array_equal(labels["action"], arrays["ta"][:36])
     np.testing.assert_allclose(labels["reward"], arrays["rewards"][:36], rtol=1e-6)
+    # as one of Procgen's games, with the returns that later stages need
+    convert(tmp_path, tmp_path / "chunk.npz", name="maze", frame_size=32)
+    settings = common.read_frames(tmp_path / "data/maze/train/frames_000.npz", "maze")[2]
+    assert settings["expert_return"] == common.GAMES["maze"][1] and settings["num_levels"] == 0
 
 
 def test_what_users_do_wrong_gives_one_line_and_keeps_what_was_there(tmp_path):
@@ -70,10 +76,18 @@ def test_what_users_do_wrong_gives_one_line_and_keeps_what_was_there(tmp_path):
     write_video(clip, animation())
     text.write_text("not a video")
     assert "text.mp4 is not a video that" in fails(convert, tmp_path, text)
+    assert "--stride starts at 1" in fails(convert, tmp_path, clip, stride=0)
+    assert "at least one file" in fails(convert, tmp_path)
+    channels_first = dict.fromkeys(("ta", "done", "rewards"), np.zeros(4))
+    np.savez(tmp_path / "chunk.npz", obs=np.zeros((4, 3, 64, 64), np.uint8), **channels_first)
+    assert "obs (4, 3, 64, 64)" in fails(convert, tmp_path, tmp_path / "chunk.npz")
     mixed = fails(convert, tmp_path, clip, tmp_path / "chunk.npz")
     assert "do not go into one data set" in mixed
     assert not (tmp_path / "data").exists()
     before = convert(tmp_path, clip)[0][0]["obs"]
     assert "--overwrite replaces it" in fails(convert, tmp_path, clip, stride=2)
     assert "are too few" in fails(convert, tmp_path, clip, stride=40, overwrite=True)
+    lock = FileLock(tmp_path / "data/clip/.train.lock")
+    with lock:  # as another run holds it
+        assert "another run is recording" in fails(convert, tmp_path, clip, overwrite=True)
     assert np.array_equal(load(tmp_path / "data/clip/train/frames_000.npz")["obs"], before)
