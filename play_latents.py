@@ -1,8 +1,9 @@
 """Play a latent world: keys choose latent actions, the FDM draws what follows, in a browser.
 
 Keys 1 to 9 are the middles of the largest k-means clusters of held-out latents. Beside the FDM's
-open-loop rollout the real game takes the true action that is the most frequent in the cluster, if
-there are labels and the game is one of Procgen's. The page uses no other machine.
+open-loop rollout the real game, from a new episode each time, takes the true action that is the
+most frequent in the cluster, if there are labels and the game is one of Procgen's. The page uses no
+other machine.
 
 reads   runs/<game>/latent_dynamics.pt, test/latents_NNN.npz, data/<game>/test/frames_NNN.npz and,
         if there, labels_NNN.npz
@@ -11,9 +12,11 @@ python play_latents.py --game miner    # over SSH: ssh -L 8000:localhost:8000 ho
 """
 
 import base64
+import importlib.util
 import json
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -31,7 +34,7 @@ PAGE = """<!DOCTYPE html>
   body { font: 16px sans-serif; margin: 2em; } canvas { image-rendering: pixelated; }
   figure { display: inline-block; margin: 0 1.5em 1em 0; } figcaption { margin-top: .3em; }
   .big { width: 320px; height: 320px; } button { font: inherit; margin: 0 .6em .6em 0; }
-  button canvas { width: 64px; height: 64px; margin: 3px; } .on { outline: 3px solid #d33; }
+  [hidden] { display: none !important; } button canvas { width: 64px; height: 64px; margin: 3px; } .on { outline: 3px solid #d33; }
 </style>
 <figure><canvas class="big" id="dream"></canvas><figcaption>the FDM, open loop</figcaption></figure>
 <figure><canvas class="big" id="real"></canvas><figcaption>the real game</figcaption></figure>
@@ -56,7 +59,8 @@ function show(s) {
   get("real").parentNode.hidden = s.real === null;
   if (s.real !== null) draw(get("real"), s.real, s.size);
   get("numbers").textContent = `step ${s.step}, FDM ${s.milliseconds.toFixed(0)} ms` +
-    (s.real === null ? "" : `, mse to the real game ${s.mse.toFixed(4)}`) +
+    ` (${(1000 / s.milliseconds).toFixed(0)} frames/s)` +
+    (s.mse === null ? "" : `, mse to the real game ${s.mse.toFixed(4)}`) +
     (s.ended ? ", the real game has ended: R" : "");
 }
 async function send(message) {
@@ -125,27 +129,31 @@ class World:
         middle, cluster = medoids(z_q.cpu().numpy(), min(9, len(z_q)), args.seed)
         self.z_q, self.keys = z_q[middle], []
         actions = common.true_actions_to_report_on(store, rows)
+        if args.game not in common.GAMES:
+            actions = None  # has no names for them
         self.actions = None if actions is None else []
         for i, row in enumerate(middle):
             inside = cluster == i
             text = f"{inside.mean():.0%} of frames"
             if actions is not None:
-                counts = np.bincount(actions[inside])
-                self.actions.append(int(counts.argmax()))
-                name = common.ACTIONS[self.actions[-1]]
-                text += f", {name} {counts.max() / counts.sum():.0%}"
+                share = np.bincount(actions[inside], minlength=2) / inside.sum()
+                most, second = (int(a) for a in np.argsort(-share, kind="stable")[:2])
+                self.actions.append(most)
+                text += f": {common.ACTIONS[most]} {share[most]:.0%}"
+                if share[second]:
+                    text += f", {common.ACTIONS[second]} {share[second]:.0%}"
             frames = [encode(frame) for frame in self.windows[row, -2:].cpu().numpy()]
             self.keys.append(dict(frames=frames, size=self.size, text=text))
         self.envs = None
-        if actions is not None and args.game in common.GAMES:
+        if actions is not None and importlib.util.find_spec("procgen"):
             self.envs = common.ProcgenEnvs(store.settings, 1, args.seed)
 
     @torch.no_grad()
     def step(self, key):
         """key: 0 starts again, 1 .. M takes a latent action. Returns what the page shows."""
-        start, ended = time.perf_counter(), False
+        start = time.perf_counter()
         if key == 0:
-            self.steps = 0
+            self.steps, self.ended = 0, False
             if self.envs:  # -1 ends the episode; then as many frames as the FDM needs
                 frames = [self.envs.step(np.array([a]))[0][0] for a in [-1] + [4] * self.k]
                 self.past = torch.from_numpy(np.stack(frames))[None].to(self.z_q.device)
@@ -157,13 +165,14 @@ class World:
             after = rollout(self.fdm, self.past, self.z_q[key - 1 : key], 1)[:, -1:]
             self.past = torch.cat([self.past[:, 1:], after], 1)
         milliseconds = 1000 * (time.perf_counter() - start)
-        if key and self.envs:
-            ended = bool(self.envs.step(np.array([self.actions[key - 1]]))[2][0])
+        if key and self.envs and not self.ended:
+            self.ended = bool(self.envs.step(np.array([self.actions[key - 1]]))[2][0])
         dream, real = self.past[0, -1].cpu().numpy(), self.envs.obs[0] if self.envs else None
-        mse = None if real is None else float(((dream / 255 - real / 255) ** 2).mean())
+        alive = real is not None and not self.ended  # else real opens the next episode
+        mse = float(((dream / 255 - real / 255) ** 2).mean()) if alive else None
         return dict(
             dream=encode(dream), real=None if real is None else encode(real), size=self.size,
-            step=self.steps, milliseconds=milliseconds, mse=mse, ended=ended,
+            step=self.steps, milliseconds=milliseconds, mse=mse, ended=self.ended,
         )  # fmt: skip
 
 
@@ -171,6 +180,8 @@ def make_server(world, port):
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = 5  # seconds to wait for the rest of a request
+
         def answer(self, status, content, kind="application/json"):
             body = content.encode()
             self.send_response(status)
@@ -189,13 +200,17 @@ def make_server(world, port):
         def do_POST(self):
             try:
                 length = int(self.headers.get("Content-Length", 0))
-                key = json.loads(self.rfile.read(min(length, 1000)))["key"]
+                body = self.rfile.read(length) if 0 < length < 1000 else b""
+                key = json.loads(body)["key"] if len(body) == length else None
                 if self.path != "/step" or type(key) is not int or not 0 <= key <= len(world.keys):
                     raise ValueError
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 return self.answer(400, "{}")
             with lock:
                 self.answer(200, json.dumps(world.step(key)))
+
+        def send_error(self, *_):  # other methods, malformed requests
+            self.answer(400, "{}")
 
         def log_message(self, *_):
             pass
@@ -204,11 +219,12 @@ def make_server(world, port):
 
 
 def main(args):
+    warnings.filterwarnings("ignore", module="sklearn")  # fewer clusters than keys
     world = World(args)
     world.step(0)
     try:
         server = make_server(world, args.port)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         common.fail(f"--port {args.port} is not usable ({error})")
     print(f"play {args.game}: http://127.0.0.1:{server.server_port} (Ctrl-C ends it)")
     try:

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import urllib.error
@@ -60,10 +61,27 @@ def test_a_bad_request_gets_a_400_and_changes_nothing(world, address):
     ask(f"{address}/step", '{"key": 0}')
     past, keys = world.past.clone(), ("10", "-1", "1.5", "true", '"1"')
     bad = [("x", None), ("step", None), ("step", ""), ("step", "[1]"), ("x", '{"key": 1}')]
+    bad += [("step", "[" * 999), ("step", " " * 1000 + '{"key": 1}')]
     for path, body in bad + [("step", f'{{"key": {key}}}') for key in keys]:
         with pytest.raises(urllib.error.HTTPError) as error:
             ask(f"{address}/{path}", body)
         assert error.value.code == 400 and torch.equal(world.past, past), body
+    post = 'POST /step HTTP/1.0\r\nContent-Length: {}\r\n\r\n{{"key": 1}}'
+    for request in (post.format(-1), post.format(100), "PUT / HTTP/1.0\r\n\r\n"):
+        with socket.create_connection(address.removeprefix("http://").split(":"), 10) as client:
+            client.sendall(request.encode())
+            client.shutdown(socket.SHUT_WR)  # no more follows, whatever the length says
+            answer = b"".join(iter(lambda: client.recv(4096), b""))
+        assert answer.endswith(b"{}") and b" 400 " in answer, request
+        assert torch.equal(world.past, past), request
+
+
+def test_after_the_real_game_has_ended_only_the_rollout_goes_on(world, monkeypatch):
+    monkeypatch.setattr(world, "actions", [-1] * len(world.keys))  # ends an episode
+    assert not world.step(0)["ended"]
+    shown = [world.step(1) for _ in range(2)]
+    assert [(s["step"], s["ended"], s["mse"]) for s in shown] == [(1, True, None), (2, True, None)]
+    assert shown[0]["real"] == shown[1]["real"] and shown[0]["dream"] != shown[1]["dream"]
 
 
 def test_without_labels_and_game_there_is_the_rollout_alone(chain, monkeypatch):
@@ -89,6 +107,9 @@ setTimeout(() => {
 def test_a_key_changes_the_picture_in_a_browser(address, monkeypatch):
     monkeypatch.setattr(play_latents, "PAGE", play_latents.PAGE + PRESS_1)
     flags = ["--headless=new", "--no-sandbox", "--dump-dom", "--virtual-time-budget=6000"]
-    page = subprocess.run([CHROMIUM, *flags, address], capture_output=True, text=True).stdout
+    flags += ["--enable-logging=stderr"]
+    browser = subprocess.run([CHROMIUM, *flags, address], capture_output=True, text=True)
+    page = browser.stdout
+    assert "CONSOLE" not in browser.stderr  # what the page logs, errors among it
     assert "changed: true" in page and re.search(r'id="numbers">step 1,', page)
     assert len(re.findall("<button", page)) >= 1
