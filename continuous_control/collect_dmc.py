@@ -2,12 +2,15 @@
 
 The expert reads the true state; stages 1 and 2 get the rendered frames alone.
 What is recorded is the policy's mean plus a little noise: with the mean alone, the frame would
-determine the action, and memory of poses could take the place of seeing what the action did. A
-small third split records uniformly random actions, on which stage 1 probes its latent actions.
+determine the action, and memory of poses could take the place of seeing what the action did. The
+noise is recorded as a label of its own: no frame before the action tells it, so reading it from z
+is the honest probe on this play. A small third split records uniformly random actions, on which
+stage 1 probes its latent actions.
 
 reads   continuous_control/experts/<game>_x<action-repeat>.pt, if it is there
 writes  otherwise that and its learning curve, .csv; data/<game>/{train,test,random}/frames_NNN.npz and
-        labels_NNN.npz: action float32 [N, A] in [-1, 1], taken at that frame, reward float32 [N]
+        labels_NNN.npz: action float32 [N, A] in [-1, 1], taken at that frame, reward float32 [N],
+        noise float32 [N, A], the action less the expert's mean action
 
 at 64x64      python -m continuous_control.collect_dmc --game cheetah_run
 on a CPU      python -m continuous_control.collect_dmc --game cheetah_run --plain --frame-size 32
@@ -15,7 +18,6 @@ on a CPU      python -m continuous_control.collect_dmc --game cheetah_run --plai
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -274,31 +276,28 @@ def train_expert(args, settings, path):
 def record(settings, act, num_episodes, seed, folder):
     """Records whole episodes, EPISODES_PER_SHARD in a shard, one after the other.
 
-    act: states float32 [B, D] -> actions float32 [B, A]. The folder appears when it is complete.
+    act: states float32 [B, D] -> actions, noise float32 [B, A]. The folder appears when complete.
     """
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    s, steps = settings["frame_size"], EPISODE_STEPS // settings["action_repeat"]
+    steps = EPISODE_STEPS // settings["action_repeat"]
     bar, returns = common.progress_bar(num_episodes * steps, "frame", folder.name), []
-    for shard, start in enumerate(range(0, num_episodes, EPISODES_PER_SHARD)):
-        b = min(EPISODES_PER_SHARD, num_episodes - start)
-        envs = ControlEnvs(settings, b, common.derive_seed(seed, f"{folder.name} {shard}"))
-        obs, reward = np.empty((b, steps, s, s, 3), np.uint8), np.empty((b, steps), np.float32)
-        action, first = np.empty((b, steps, envs.num_actions), np.float32), np.zeros_like(reward)
-        first[:, 0] = 1
-        for step in range(steps):
-            obs[:, step], action[:, step] = envs.obs, act(envs.states)
-            reward[:, step] = envs.step(action[:, step])[1]
-            bar.update(b)
-        envs.close()
-        returns += list(reward.sum(1))
-        frames = dict(obs=obs.reshape(-1, s, s, 3), first=first.reshape(-1).astype(bool))
-        labels = dict(action=action.reshape(len(frames["obs"]), -1), reward=reward.reshape(-1))
-        common.save_npz(part / f"frames_{shard:03d}.npz", settings, **frames)
-        common.save_npz(part / f"labels_{shard:03d}.npz", settings, **labels)
+    with common.new_folder(folder) as part:
+        for shard, start in enumerate(range(0, num_episodes, EPISODES_PER_SHARD)):
+            b = min(EPISODES_PER_SHARD, num_episodes - start)
+            envs = ControlEnvs(settings, b, common.derive_seed(seed, f"{folder.name} {shard}"))
+            columns = []
+            for step in range(steps):
+                action, noise = act(envs.states)
+                obs, first = envs.obs, np.full(b, step == 0)
+                columns.append((obs, first, action, noise, envs.step(action)[1]))
+                bar.update(b)
+            envs.close()
+            arrays = (np.stack(x, 1) for x in zip(*columns))  # [B, T, ..]
+            obs, first, action, noise, reward = (x.reshape(-1, *x.shape[2:]) for x in arrays)
+            returns += list(reward.reshape(b, -1).sum(1))
+            labels = dict(action=action, reward=reward, noise=noise)
+            common.save_npz(part / f"frames_{shard:03d}.npz", settings, obs=obs, first=first)
+            common.save_npz(part / f"labels_{shard:03d}.npz", settings, **labels)
     bar.close()
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
     mean, size = np.mean(returns), sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     print(f"{folder.name}: {num_episodes} episodes, mean return {mean:.1f}, {size:,.0f} MB")
 
@@ -320,16 +319,22 @@ def main(args):
     policy = ExpertPolicy(*expert["sizes"])
     policy.load_state_dict(expert["policy"])
 
-    def act(states, mean_action=args.mean_action, noise=args.noise):
+    def act(states):
         distribution = policy(torch.from_numpy(states))[0]
-        action = distribution.mean if mean_action else distribution.sample()
-        return (action + noise * torch.randn_like(action)).clamp(-1, 1).numpy()
+        mean = distribution.mean.clamp(-1, 1)
+        action = distribution.mean if args.mean_action else distribution.sample()
+        action = (action + args.noise * torch.randn_like(action)).clamp(-1, 1)
+        return action.numpy(), (action - mean).numpy()
 
     def act_at_random(states):
-        return 2 * torch.rand(len(states), expert["sizes"][1]).numpy() - 1
+        action = 2 * torch.rand(len(states), expert["sizes"][1]).numpy() - 1
+        return action, action
 
     # the returns of the expert, without noise, and of random actions go into the files
-    players = dict(expert=lambda states: act(states, True, 0), random=act_at_random)
+    players = dict(
+        expert=lambda states: policy(torch.from_numpy(states))[0].mean.numpy(),
+        random=lambda states: act_at_random(states)[0],
+    )
     for name, player in players.items():
         seed = common.derive_seed(args.seed, name)
         envs = ControlEnvs(settings | dict(frame_size=0), EPISODES_PER_SHARD, seed)

@@ -117,15 +117,16 @@ def fit(network, inputs_at, rows, actions, steps, batch_size, lr, generator):
         schedule.step()
 
 
-def true_actions(store):
-    """float32 (R, A): the true actions of each row of the FrameStore's memory."""
-    actions = None
+def true_actions(store, name="action"):
+    """float32 (R, A): the label of this name of each row of the FrameStore's memory."""
+    labels = None
     for slot, path in enumerate(store.paths):
-        shard = torch.from_numpy(common.read_actions(path))
-        if actions is None:
-            actions = torch.zeros(len(store.obs), *shard.shape[1:])
-        actions[slot * store.slot_rows :][: len(shard)] = shard
-    return actions
+        common.read_actions(path)  # checks them
+        shard = common.load_npz(path.with_name(path.name.replace("frames", "labels")), [name])[name]
+        if labels is None:
+            labels = torch.zeros(len(store.obs), *shard.shape[1:])
+        labels[slot * store.slot_rows :][: len(shard)] = torch.from_numpy(shard)
+    return labels
 
 
 @torch.no_grad()

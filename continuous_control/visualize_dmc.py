@@ -1,7 +1,8 @@
 """Metrics and pictures of the latent actions of continuous control (A.3, section 6.3).
 
 How much of each true action can be read from z, linearly, on held-out episodes and on random play,
-beside an untrained IDM and one trained on true actions? What does the FDM draw where z is pushed
+beside an untrained IDM and one trained on true actions? How much of the noise on them, which the
+frames before do not tell? What does the FDM draw where z is pushed
 along its largest directions? True actions are used to report, never to learn.
 
 reads   runs/<game>/latent_dynamics.pt, {train,test}/latents_NNN.npz,
@@ -28,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 from train_latent_dynamics import FDM, IDM, EMAVectorQuantizer, NoQuantizer, in_batches
 from visualize_latents import fdm_mse, plot_film, project, rollout, save_figure
 
-from continuous_control.decode_dmc import fit
+from continuous_control.decode_dmc import fit, true_actions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -117,17 +118,18 @@ def main(args):
         actions = common.true_actions_to_report_on(store, rows)
         if actions is None:
             common.fail(f"{store.folder} has no labels, and these metrics need true actions")
-        splits[split] = store.windows_at(rows), actions
+        splits[split] = store.windows_at(rows), actions, true_actions(store, "noise")[rows].numpy()
 
     # --- probes: R^2 of each dimension, beside an untrained IDM and one trained on true actions
     metrics, cut = {}, args.points * 3 // 4
-    windows, actions = splits["test"]
+    windows, actions, noise = splits["test"]
     for name, network in dict(probe=idm, probe_untrained=untrained).items():
-        z = {split: in_batches(network, x).cpu().numpy() for split, (x, _) in splits.items()}
+        z = {split: in_batches(network, x[0]).cpu().numpy() for split, x in splits.items()}
         random = z["random"], splits["random"][1]
         halves = [x[part] for part in (slice(cut), slice(cut, None)) for x in random]
         metrics[f"random_{name}"] = probe_each(*halves)
         metrics[name] = probe_each(z["train"], splits["train"][1], z["test"], actions)
+        metrics[f"noise_{name}"] = probe_each(z["train"], splits["train"][2], z["test"], noise)
     if args.supervised_steps > 0:
         supervised = IDM(*sizes, len(names)).to(device, memory_format=torch.channels_last)
         rows, generator = store.rows, torch.Generator().manual_seed(args.seed)

@@ -89,6 +89,10 @@ def test_the_same_seed_records_the_same_and_noise_is_added_to_the_mean(root, tmp
     starts = slice(None, None, STEPS)
     np.testing.assert_allclose(mean["action"][starts], action.clip(-1, 1), atol=1e-6)
     assert 0.05 < (first["action"][starts] - action).std() < 0.4  # 0.2, the default
+    noise = first["action"][starts] - action.clip(-1, 1)
+    np.testing.assert_allclose(first["noise"][starts], noise, atol=1e-6)
+    random = read(root, "random")[0]
+    assert np.array_equal(random["noise"], random["action"])
 
 
 def test_time_limits_end_episodes_and_the_last_state_is_kept(root, monkeypatch):
@@ -201,7 +205,7 @@ def test_pictures_and_metrics(root):
     visualize_dmc.main(visualize_dmc.Args(**flags))
     run = root / f"runs/{GAME}"
     saved = np.load(run / "latents.npz")
-    for name in ("probe", "probe_untrained", "random_probe", "supervised"):
+    for name in ("probe", "noise_probe", "noise_probe_untrained", "random_probe", "supervised"):
         assert saved[name].shape == (6,) and (saved[name] <= 1).all()
     assert all((run / name).exists() for name in ("latents.png", "film.png", "film.gif"))
 
