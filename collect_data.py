@@ -265,7 +265,7 @@ def record(args, settings, act, num_frames, folder):
     b, length = args.num_envs, -(-num_frames // args.num_envs)  # of each stream
     bar, pending = common.progress_bar(length * b, "frame", folder.name), []
     workers = max(1, common.NUM_CORES // 2)  # zlib releases the GIL
-    with common.new_folder(folder) as part, ThreadPoolExecutor(workers) as pool:
+    with common.new_folder(folder, args.overwrite) as part, ThreadPoolExecutor(workers) as pool:
         for shard, start in enumerate(range(0, length, args.rollout_steps)):
             steps, first = [], np.ones(b, bool)  # a stream starts: its past is in another shard
             for _ in range(min(args.rollout_steps, length - start)):
@@ -294,18 +294,20 @@ def splits_to_record(args, settings):
     sizes = dict(train=args.train_frames, test=args.test_frames, random=args.random_frames)
     splits = {}
     for split, num_frames in sizes.items() if args.train_frames else ():
+        if num_frames == 0:
+            continue
         level = 0 if split == "train" else args.num_levels  # others than those of the training
         recorded = settings | dict(start_level=level, split=split, seed=args.seed)
         recorded |= dict(temperature=args.temperature, solver=args.solver, num_frames=num_frames)
         folder = args.data_dir / args.game / split
         if folder.exists() and not args.overwrite:
             found = common.read_frames(common.list_shards(folder)[0], args.game)[2]
-            differs = [name for name, value in recorded.items() if found.get(name, value) != value]
+            differs = [name for name in recorded if found.get(name) != recorded[name]]
             if differs or not args.resume:
                 why = f"with another {differs[0]}" if differs else "already"
                 common.fail(f"{folder} is there {why}; --overwrite replaces it")
             print(f"{split}: {folder} is complete")
-        elif num_frames:
+        else:
             splits[split] = num_frames, recorded
     return splits
 

@@ -72,7 +72,7 @@ def check_game(game):
     if game not in GAMES:
         fail(f"'{game}' is not one of Procgen's games: {', '.join(GAMES)}")
     if not importlib.util.find_spec("procgen"):
-        fail("a game has to be played, and Procgen is not installed here")
+        fail("games have to be played, and Procgen is not installed; see README, Troubleshooting")
 
 
 def normalize_return(value, random_return, expert_return):
@@ -142,8 +142,11 @@ class ProcgenEnvs:
 
     def __init__(self, settings, num_envs, seed):
         check_game(settings["game"])
-        with contextlib.redirect_stderr(io.StringIO()):  # gym's notice about its successor
-            from procgen import ProcgenGym3Env
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # gym's notice about its successor
+                from procgen import ProcgenGym3Env
+        except ImportError as error:
+            fail(f"Procgen cannot be imported here ({error})")
         options = {name: settings.get(name, 0) for name in ("start_level", "num_levels")}  # 0: all
         if settings.get("plain"):
             options |= dict(use_backgrounds=False, restrict_themes=True, use_monochrome_assets=True)
@@ -242,16 +245,18 @@ def atomic_write(path):
 
 
 @contextlib.contextmanager
-def new_folder(folder):
+def new_folder(folder, overwrite):
     """Yields a temporary folder that takes the place of `folder` if the block ends without error.
-    Of two runs at once, the second ends.
+    Of two runs at once, the second ends, as one does that finds a folder and may not overwrite it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)  # released with the variable, or when the process ends
     except Timeout:
-        fail(f"another run is recording {folder}")
+        fail(f"another run is writing {folder}")
+    if folder.exists() and not overwrite:
+        fail(f"{folder} is there already; --overwrite replaces it")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     part.mkdir()
@@ -371,7 +376,8 @@ def read_actions(frames_path):
     continuous = action.dtype.kind == "f"
     rows = action.shape[:-1] if continuous else action.shape
     if rows != first.shape or not (continuous or np.isin(action, range(NUM_ACTIONS)).all()):
-        fail(f"{path} has actions {action.shape} for {len(first)} frames, or some beyond 0 .. 14")
+        found = f"actions {action.dtype} {action.shape} for {len(first)} frames"
+        fail(f"{path} has {found}, not one of 0 .. 14 or A numbers for each")
     return action
 
 
@@ -563,5 +569,4 @@ class MetricsLog:
             header = [",".join(row)] if file.tell() == 0 else []
             print(*header, ",".join(map(str, row.values())), sep="\n", file=file)
         shown = {key: f"{x:.4g}" if isinstance(x, float) else x for key, x in row.items()}
-        with contextlib.suppress(BrokenPipeError):  # `| head` must not end the run
-            self.bar.write("  ".join(f"{key} {x}" for key, x in shown.items()))
+        self.bar.write("  ".join(f"{key} {x}" for key, x in shown.items()))

@@ -180,6 +180,7 @@ def main(args):
     policy.load_state_dict(checkpoint["policy"])
     policy.to(device, memory_format=torch.channels_last).eval()
     stamp = checkpoint["dynamics"]
+    random_return, expert_return = settings["random_return"], settings["expert_return"]
 
     # --- data: labelled rows, and held-out frames o_t, z_t and true actions
     z, actions = load_labelled(data / "train", run / "train", stamp)
@@ -234,7 +235,6 @@ def main(args):
     blind_return = common.evaluate(envs, act_blindly, 4).mean()
 
     # --- save first, then print
-    random_return, expert_return = settings["random_return"], settings["expert_return"]
     common.save_npz(
         run / "decode_offline.npz", settings | asdict(args), labels=np.array(args.labels),
         returns=returns, accuracy=accuracy, policy_accuracy=policy_accuracy,

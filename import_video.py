@@ -37,7 +37,7 @@ class Args:
     stride: int = 1
     """Takes every stride-th picture; what an agent does should change the next one visibly."""
     cut: float = 0.15
-    """Mean absolute change of a pixel, of 1, from which on the picture has jumped."""
+    """Mean absolute change of a pixel, as a fraction of its range, that starts an episode."""
     test_fraction: float = 0.1
     """Of the frames, the last ones; held out."""
     overwrite: bool = False
@@ -68,6 +68,8 @@ def read_video(path, args):
                     obs.append(resize(picture.to_ndarray(format="rgb24"), args.frame_size))
     except (av.FFmpegError, IndexError) as error:  # IndexError: sound alone
         common.fail(f"{path} is not a video that FFmpeg can read ({error})")
+    if not obs:
+        common.fail(f"{path} has no pictures")
     return np.stack(obs), find_cuts(obs, args.cut)
 
 
@@ -75,16 +77,18 @@ def read_recording(path, args):
     """obs, first and labels of a recording of the official code: done ends an episode."""
     keys = ("obs", "ta", "done", "rewards")
     obs, action, done, reward = map(common.load_npz(path, keys).get, keys)
-    if obs.ndim != 4 or obs.shape[-1] != 3:
-        common.fail(f"{path} has obs {obs.shape}, not (N, S, S, 3)")
+    if obs.ndim != 4 or obs.shape[-1] != 3 or {*map(len, (action, done, reward))} != {len(obs)}:
+        common.fail(f"{path} has obs {obs.shape}, not (N, S, S, 3), or labels of other lengths")
     obs = np.stack([resize(picture, args.frame_size) for picture in obs])
     first = np.concatenate([[True], done[:-1].astype(bool)])
     return obs, first, dict(action=action.astype(np.uint8), reward=reward.astype(np.float32))
 
 
 def main(args):
-    if not args.files or args.stride < 1:
-        common.fail("name at least one file" if args.stride > 0 else "--stride starts at 1")
+    if not args.files:
+        common.fail("name at least one file")
+    if args.stride < 1:
+        common.fail(f"--stride {args.stride}: it starts at 1")
     folders = {split: args.data_dir / args.name / split for split in ("train", "test")}
     for folder in folders.values():
         if folder.exists() and not args.overwrite:
@@ -107,7 +111,7 @@ def main(args):
 
     settings, start = dict(game=args.name, frame_size=args.frame_size), 0
     for split, count in dict(train=num_frames - num_test, test=num_test).items():
-        with common.new_folder(folders[split]) as folder:
+        with common.new_folder(folders[split], args.overwrite) as folder:
             for shard, row in enumerate(range(start, start + count, SHARD_FRAMES)):
                 rows = slice(row, min(row + SHARD_FRAMES, start + count))
                 labels = {name: array[rows] for name, array in arrays.items()}

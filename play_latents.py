@@ -1,9 +1,8 @@
 """Play a latent world: keys choose latent actions, the FDM draws what follows, in a browser.
 
 Keys 1 to 9 are the middles of the largest k-means clusters of held-out latents. Beside the FDM's
-open-loop rollout the real game, from a new episode each time, takes the true action that is the
-most frequent in the cluster, if there are labels and the game is one of Procgen's. The page uses no
-other machine.
+open-loop rollout the real game, if there are labels and Procgen is installed, starts a new episode
+at each R and takes the cluster's most frequent true action. The page loads nothing from elsewhere.
 
 reads   runs/<game>/latent_dynamics.pt, test/latents_NNN.npz, data/<game>/test/frames_NNN.npz and,
         if there, labels_NNN.npz
@@ -34,7 +33,8 @@ PAGE = """<!DOCTYPE html>
   body { font: 16px sans-serif; margin: 2em; } canvas { image-rendering: pixelated; }
   figure { display: inline-block; margin: 0 1.5em 1em 0; } figcaption { margin-top: .3em; }
   .big { width: 320px; height: 320px; } button { font: inherit; margin: 0 .6em .6em 0; }
-  [hidden] { display: none !important; } button canvas { width: 64px; height: 64px; margin: 3px; } .on { outline: 3px solid #d33; }
+  [hidden] { display: none !important; }
+  button canvas { width: 64px; height: 64px; margin: 3px; } .on { outline: 3px solid #d33; }
 </style>
 <figure><canvas class="big" id="dream"></canvas><figcaption>the FDM, open loop</figcaption></figure>
 <figure><canvas class="big" id="real"></canvas><figcaption>the real game</figcaption></figure>
@@ -58,8 +58,9 @@ function show(s) {
   draw(get("dream"), s.dream, s.size);
   get("real").parentNode.hidden = s.real === null;
   if (s.real !== null) draw(get("real"), s.real, s.size);
-  get("numbers").textContent = `step ${s.step}, FDM ${s.milliseconds.toFixed(0)} ms` +
-    ` (${(1000 / s.milliseconds).toFixed(0)} frames/s)` +
+  get("numbers").textContent = `step ${s.step}` +
+    (s.step ? `, FDM ${s.milliseconds.toFixed(1)} ms` : "") +
+    (s.step ? ` (${(1000 / s.milliseconds).toFixed(0)} frames/s)` : "") +
     (s.mse === null ? "" : `, mse to the real game ${s.mse.toFixed(4)}`) +
     (s.ended ? ", the real game has ended: R" : "");
 }
@@ -164,11 +165,15 @@ class World:
             self.steps += 1
             after = rollout(self.fdm, self.past, self.z_q[key - 1 : key], 1)[:, -1:]
             self.past = torch.cat([self.past[:, 1:], after], 1)
+        dream = self.past[0, -1].cpu().numpy()  # waits for a GPU
         milliseconds = 1000 * (time.perf_counter() - start)
-        if key and self.envs and not self.ended:
-            self.ended = bool(self.envs.step(np.array([self.actions[key - 1]]))[2][0])
-        dream, real = self.past[0, -1].cpu().numpy(), self.envs.obs[0] if self.envs else None
-        alive = real is not None and not self.ended  # else real opens the next episode
+        if self.envs and not self.ended:
+            if key:
+                self.ended = bool(self.envs.step(np.array([self.actions[key - 1]]))[2][0])
+            if not self.ended:  # else obs opens the next episode, and the last frame stays
+                self.real = self.envs.obs[0]
+        real = self.real if self.envs else None
+        alive = real is not None and not self.ended
         mse = float(((dream / 255 - real / 255) ** 2).mean()) if alive else None
         return dict(
             dream=encode(dream), real=None if real is None else encode(real), size=self.size,

@@ -334,7 +334,7 @@ def main(args):
     else:
         kind, names = "k-means cluster", [f"cluster {i + 1}" for i in range(12)]
         group, group_z_q = cluster, z_q[medoid]
-    if codes.shape[1]:
+    if vq_sizes and codes.shape[1]:
         metrics |= code_metrics(codes.cpu().numpy(), vq_sizes[0], vq_sizes[2])
     metrics |= fdm_mse(fdm, windows, latents)
 

@@ -157,6 +157,7 @@ def play(policies, settings, args, device):
 
 def main(args):
     device = common.pick_device(args.device)
+    common.check_game(args.game)
     data, run, game = args.data_dir / args.game, args.runs_dir / args.game, args.game
     checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", game)
     size, multiplier, k = (checkpoint[name] for name in ("frame_size", "multiplier", "context"))

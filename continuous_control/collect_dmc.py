@@ -3,14 +3,14 @@
 The expert reads the true state; stages 1 and 2 get the rendered frames alone.
 What is recorded is the policy's mean plus a little noise: with the mean alone, the frame would
 determine the action, and memory of poses could take the place of seeing what the action did. The
-noise is recorded as a label of its own: no frame before the action tells it, so reading it from z
-is the honest probe on this play. A small third split records uniformly random actions, on which
-stage 1 probes its latent actions.
+noise, before actions are clipped, is a label of its own: it is independent of all frames up to o_t,
+so a probe of it measures what z holds of the action itself. A small third split records uniformly
+random actions, on which stage 1 probes its latent actions.
 
 reads   continuous_control/experts/<game>_x<action-repeat>.pt, if it is there
-writes  otherwise that and its learning curve, .csv; data/<game>/{train,test,random}/frames_NNN.npz and
+writes  otherwise that and its learning curve, .csv; data/<game>/{train,test,random}/frames_NNN.npz,
         labels_NNN.npz: action float32 [N, A] in [-1, 1], taken at that frame, reward float32 [N],
-        noise float32 [N, A], the action less the expert's mean action
+        noise float32 [N, A], added to the mean action before clipping (random: the action)
 
 at 64x64      python -m continuous_control.collect_dmc --game cheetah_run
 on a CPU      python -m continuous_control.collect_dmc --game cheetah_run --plain --frame-size 32
@@ -33,7 +33,7 @@ from collect_data import compute_gae
 
 # domain, task, seconds of a step
 TASKS = {"cheetah_run": ("cheetah", "run", 0.01), "walker_walk": ("walker", "walk", 0.025)}
-EPISODE_STEPS = 1000  # the suite's, before action repeat; nothing but time ends an episode
+EPISODE_STEPS = 1000  # of the suite, whatever the action repeat; only time ends an episode
 EPISODES_PER_SHARD = 16
 
 
@@ -51,9 +51,8 @@ class Args:
     """Replace frames that are there."""
 
     action_repeat: Literal[1, 2, 4] = 1
-    """Steps of the suite for each action and frame. The paper names none. With one step of 0.01 s
-    an action moves the cheetah by a fraction of a pixel, so laptops need more (PlaNet: 4, walker
-    2)."""
+    """Steps of the suite for each action and frame; the paper's is unknown. With 1 (0.01 s), an
+    action moves the cheetah by a fraction of a pixel (PlaNet: cheetah 4, walker 2)."""
     train_episodes: int = 512
     """Episodes of 1,000 / action-repeat frames for training; 0 trains the expert only."""
     test_episodes: int = 32
@@ -70,7 +69,7 @@ class Args:
     """Std of the Gaussian noise on recorded actions, whose range is -1 to 1."""
 
     expert_steps: int = 8_000_000
-    """Environment steps of PPO, before action repeat."""
+    """Steps of the suite for PPO; a repeated action counts as several."""
     num_envs: int = 32
     """Environments that step together."""
     rollout_steps: int = 256
@@ -115,8 +114,8 @@ def pick_renderer():
 class ControlEnvs:
     """`num_envs` environments of a task that step together, with the interface of ProcgenEnvs.
 
-    settings: a dict with game, frame_size (0: nothing is rendered, obs are the states), plain and
-    action_repeat.
+    settings: a dict with game, frame_size (0: nothing is rendered, obs are the states), plain and,
+    if wanted, action_repeat.
     states: float32 [B, D], the suite's own observations. obs: uint8 [B, S, S, 3], the frames.
     final_states: float32 [B, D], the last states of the episodes that ended with this step.
     """
@@ -273,14 +272,14 @@ def train_expert(args, settings, path):
 
 
 @torch.no_grad()
-def record(settings, act, num_episodes, seed, folder):
+def record(settings, act, num_episodes, seed, folder, overwrite):
     """Records whole episodes, EPISODES_PER_SHARD in a shard, one after the other.
 
     act: states float32 [B, D] -> actions, noise float32 [B, A]. The folder appears when complete.
     """
     steps = EPISODE_STEPS // settings["action_repeat"]
     bar, returns = common.progress_bar(num_episodes * steps, "frame", folder.name), []
-    with common.new_folder(folder) as part:
+    with common.new_folder(folder, overwrite) as part:
         for shard, start in enumerate(range(0, num_episodes, EPISODES_PER_SHARD)):
             b = min(EPISODES_PER_SHARD, num_episodes - start)
             envs = ControlEnvs(settings, b, common.derive_seed(seed, f"{folder.name} {shard}"))
@@ -321,10 +320,9 @@ def main(args):
 
     def act(states):
         distribution = policy(torch.from_numpy(states))[0]
-        mean = distribution.mean.clamp(-1, 1)
         action = distribution.mean if args.mean_action else distribution.sample()
-        action = (action + args.noise * torch.randn_like(action)).clamp(-1, 1)
-        return action.numpy(), (action - mean).numpy()
+        action = action + args.noise * torch.randn_like(action)
+        return action.clamp(-1, 1).numpy(), (action - distribution.mean).numpy()
 
     def act_at_random(states):
         action = 2 * torch.rand(len(states), expert["sizes"][1]).numpy() - 1
@@ -347,7 +345,7 @@ def main(args):
     for split, folder in folders.items() if args.train_episodes else ():
         torch.manual_seed(common.derive_seed(args.seed, split))
         player, count = act_at_random if split == "random" else act, counts[split]
-        record(settings | dict(split=split), player, count, args.seed, folder)
+        record(settings | dict(split=split), player, count, args.seed, folder, args.overwrite)
     print(f"next: python train_latent_dynamics.py --game {args.game}")
 
 

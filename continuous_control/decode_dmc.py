@@ -117,15 +117,19 @@ def fit(network, inputs_at, rows, actions, steps, batch_size, lr, generator):
         schedule.step()
 
 
-def true_actions(store, name="action"):
-    """float32 (R, A): the label of this name of each row of the FrameStore's memory."""
+def read_labels(store, name="action"):
+    """float32 (R, A): the label of this name of each row of the FrameStore's memory; None if the
+    label files have no such label.
+    """
     labels = None
     for slot, path in enumerate(store.paths):
         common.read_actions(path)  # checks them
-        shard = common.load_npz(path.with_name(path.name.replace("frames", "labels")), [name])[name]
+        shard = common.load_npz(path.with_name(path.name.replace("frames", "labels")))
+        if name not in shard:
+            return None
         if labels is None:
-            labels = torch.zeros(len(store.obs), *shard.shape[1:])
-        labels[slot * store.slot_rows :][: len(shard)] = torch.from_numpy(shard)
+            labels = torch.zeros(len(store.obs), *shard[name].shape[1:])
+        labels[slot * store.slot_rows :][: len(shard[name])] = torch.from_numpy(shard[name])
     return labels
 
 
@@ -176,9 +180,9 @@ def main(args):
     store = common.FrameStore(args, "train", k, device, stamp, args.pool_frames)
     if len(store.rows) < (most := max(args.labels)):
         common.fail(f"{store.folder} has {len(store.rows)} labelled rows, fewer than {most}")
-    actions, test = true_actions(store), common.FrameStore(args, "test", k, device, stamp)
+    actions, test = read_labels(store), common.FrameStore(args, "test", k, device, stamp)
     rows = test.rows[torch.randperm(len(test.rows))[:4096]]
-    test_obs, test_z, test_actions = test.frames_at(rows), test.z_at(rows), true_actions(test)[rows]
+    test_obs, test_z, test_actions = test.frames_at(rows), test.z_at(rows), read_labels(test)[rows]
     z, num_actions = store.z_at(store.rows[:: max(1, len(store.rows) // 65_536)]), actions.shape[1]
 
     # --- fit and play: of each method a network for each number of labels and each seed

@@ -1,9 +1,9 @@
 """Metrics and pictures of the latent actions of continuous control (A.3, section 6.3).
 
-How much of each true action can be read from z, linearly, on held-out episodes and on random play,
-beside an untrained IDM and one trained on true actions? How much of the noise on them, which the
-frames before do not tell? What does the FDM draw where z is pushed
-along its largest directions? True actions are used to report, never to learn.
+How well does a linear probe of z predict each true action, on held-out episodes and on random play,
+beside an untrained IDM and one trained on true actions? How well the noise on the expert's actions,
+of which the frames before say nothing? What does the FDM predict where z is moved along its
+principal directions? True actions are for metrics only.
 
 reads   runs/<game>/latent_dynamics.pt, {train,test}/latents_NNN.npz,
         data/<game>/{train,test,random}/frames_NNN.npz, labels_NNN.npz
@@ -29,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 from train_latent_dynamics import FDM, IDM, EMAVectorQuantizer, NoQuantizer, in_batches
 from visualize_latents import fdm_mse, plot_film, project, rollout, save_figure
 
-from continuous_control.decode_dmc import fit, true_actions
+from continuous_control.decode_dmc import fit, read_labels
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -118,18 +118,22 @@ def main(args):
         actions = common.true_actions_to_report_on(store, rows)
         if actions is None:
             common.fail(f"{store.folder} has no labels, and these metrics need true actions")
-        splits[split] = store.windows_at(rows), actions, true_actions(store, "noise")[rows].numpy()
+        splits[split] = store.windows_at(rows), actions, read_labels(store, "noise"), rows
 
     # --- probes: R^2 of each dimension, beside an untrained IDM and one trained on true actions
     metrics, cut = {}, args.points * 3 // 4
-    windows, actions, noise = splits["test"]
+    windows, actions, test_noise, test_rows = splits["test"]
+    _, _, noise, noise_rows = splits["train"]
+    with_noise = noise is not None and test_noise is not None and noise.any()
     for name, network in dict(probe=idm, probe_untrained=untrained).items():
         z = {split: in_batches(network, x[0]).cpu().numpy() for split, x in splits.items()}
         random = z["random"], splits["random"][1]
         halves = [x[part] for part in (slice(cut), slice(cut, None)) for x in random]
         metrics[f"random_{name}"] = probe_each(*halves)
         metrics[name] = probe_each(z["train"], splits["train"][1], z["test"], actions)
-        metrics[f"noise_{name}"] = probe_each(z["train"], splits["train"][2], z["test"], noise)
+        if with_noise:
+            noises = (noise[noise_rows].numpy(), z["test"], test_noise[test_rows].numpy())
+            metrics[f"noise_{name}"] = probe_each(z["train"], *noises)
     if args.supervised_steps > 0:
         supervised = IDM(*sizes, len(names)).to(device, memory_format=torch.channels_last)
         rows, generator = store.rows, torch.Generator().manual_seed(args.seed)
@@ -156,7 +160,7 @@ def main(args):
     frames = rollout(fdm, windows[start, :-1], moved.to(device), 15).cpu().numpy()
     title = f"{args.game}: open-loop rollouts of the FDM, z pushed from its mean"
     plot_film(run, frames, films, title)
-    print(f"{'R^2 of the true action':24}" + "".join(f"{name:>13}" for name in [*names, "mean"]))
+    print(f"{'R^2':24}" + "".join(f"{name:>13}" for name in [*names, "mean"]))
     for name, values in metrics.items():
         print(f"{name:24}" + "".join(f"{x:13.2f}" for x in [*values, values.mean()]))
     print(", ".join(f"{name} {value:.3g}" for name, value in mse.items()))

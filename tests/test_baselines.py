@@ -213,6 +213,7 @@ def test_same_rows_as_decode_offline_and_arrays_survive(work, monkeypatch, recor
     shapes = [results[2][f"returns_{method}"].shape for method in efficiency.Args.methods]
     assert shapes == [(2, 2), (2, 2), (2, 2), (2,)]
     assert "--labels is (4,), but" in fails(run, efficiency, work, **flags | dict(labels=(4,)))
+    assert "not one of Procgen's" in fails(run, efficiency, work, **flags | dict(game="mygame"))
     # the same chain on an untrained IDM is set beside them
     flags |= dict(untrained_dir=work / "untrained", methods=("bc",))
     control, returns = work / "untrained" / GAME / "decode_offline.npz", np.array([[1.0], [2.0]])

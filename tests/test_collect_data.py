@@ -151,7 +151,7 @@ def test_frames_that_are_there_are_not_replaced_unless_asked(recorded, tmp_path)
     (tmp_path / "experts").symlink_to(recorded / "experts")
     with open(tmp_path / "data/bigfish/.train.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another run is recording" in fails(run, collect_data, tmp_path)
+        assert "another run is writing" in fails(run, collect_data, tmp_path)
     run(collect_data, tmp_path)  # the same seed, the same files
     assert before == contents(tmp_path)
 

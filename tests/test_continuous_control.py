@@ -89,8 +89,9 @@ def test_the_same_seed_records_the_same_and_noise_is_added_to_the_mean(root, tmp
     starts = slice(None, None, STEPS)
     np.testing.assert_allclose(mean["action"][starts], action.clip(-1, 1), atol=1e-6)
     assert 0.05 < (first["action"][starts] - action).std() < 0.4  # 0.2, the default
-    noise = first["action"][starts] - action.clip(-1, 1)
-    np.testing.assert_allclose(first["noise"][starts], noise, atol=1e-6)
+    noisy = (action + first["noise"][starts]).clip(-1, 1)
+    np.testing.assert_allclose(first["action"][starts], noisy, atol=1e-6)
+    assert 0.15 < first["noise"].std() < 0.25
     random = read(root, "random")[0]
     assert np.array_equal(random["noise"], random["action"])
 

@@ -76,7 +76,7 @@ def test_what_users_do_wrong_gives_one_line_and_keeps_what_was_there(tmp_path):
     write_video(clip, animation())
     text.write_text("not a video")
     assert "text.mp4 is not a video that" in fails(convert, tmp_path, text)
-    assert "--stride starts at 1" in fails(convert, tmp_path, clip, stride=0)
+    assert "it starts at 1" in fails(convert, tmp_path, clip, stride=0)
     assert "at least one file" in fails(convert, tmp_path)
     channels_first = dict.fromkeys(("ta", "done", "rewards"), np.zeros(4))
     np.savez(tmp_path / "chunk.npz", obs=np.zeros((4, 3, 64, 64), np.uint8), **channels_first)
@@ -89,5 +89,5 @@ def test_what_users_do_wrong_gives_one_line_and_keeps_what_was_there(tmp_path):
     assert "are too few" in fails(convert, tmp_path, clip, stride=40, overwrite=True)
     lock = FileLock(tmp_path / "data/clip/.train.lock")
     with lock:  # as another run holds it
-        assert "another run is recording" in fails(convert, tmp_path, clip, overwrite=True)
+        assert "another run is writing" in fails(convert, tmp_path, clip, overwrite=True)
     assert np.array_equal(load(tmp_path / "data/clip/train/frames_000.npz")["obs"], before)
