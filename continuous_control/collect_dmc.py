@@ -47,6 +47,8 @@ class Args:
     """Frames and labels are in <data-dir>/<game>."""
     experts_dir: Path = Path("continuous_control/experts")
     """An expert <experts-dir>/<game>_x<action-repeat>.pt is used if there, not trained again."""
+    resume: bool = False
+    """Continue the expert's training that was stopped; its environments start new episodes."""
     overwrite: bool = False
     """Replace frames that are there."""
 
@@ -217,9 +219,12 @@ def train_expert(args, settings, path):
     states, actions = torch.zeros(t, b, dim), torch.zeros(t, b, num_actions)
     logprobs, rewards, dones, values = *torch.zeros(3, t, b), torch.zeros(t + 1, b)
     batch = t * b * args.action_repeat
-    updates = max(1, args.expert_steps // batch)
-    log = common.MetricsLog(path.with_suffix(".csv"), updates * batch, "step")
-    for update in range(1, updates + 1):
+    updates, saved = max(1, args.expert_steps // batch), path.with_name(f"{path.stem}_state.pt")
+    parts = dict(policy=policy, optimizer=optimizer, normalize_rewards=normalize_rewards)
+    start, _ = common.load_state(saved, args, parts)
+    normalize_rewards.discounted[:] = 0  # episodes start again
+    log = common.MetricsLog(path.with_suffix(".csv"), updates * batch, "step", start)
+    for update in range(start // batch + 1, updates + 1):
         optimizer.param_groups[0]["lr"] = args.expert_lr * (1 - (update - 1) / updates)
         with torch.no_grad():
             for step in range(t):
@@ -259,12 +264,15 @@ def train_expert(args, settings, path):
             envs.finished.clear()
             metrics = dict(mean_return=float(mean_return), std=policy.log_std.exp().mean())
             log.write(env_step=update * batch, **metrics, loss=loss)
+            if update < updates:
+                common.save_state(saved, args, update * batch, parts)
     log.bar.close()
     common.save_checkpoint(
         path, kind="dmc_expert", game=args.game, env_step=updates * batch,
         mean_return=metrics["mean_return"], sizes=(dim, num_actions, args.hidden),
         policy=policy.state_dict(),
     )  # fmt: skip
+    saved.unlink(missing_ok=True)
     envs.close()
 
 

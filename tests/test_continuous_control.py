@@ -74,6 +74,31 @@ def test_actions_replayed_give_the_same_frames_and_rewards(root):
     assert settings["random_return"] < STEPS and settings["split"] == "random"
 
 
+def test_an_expert_resumes_after_the_last_saved_update(tmp_path, monkeypatch, capsys):
+    batch, save_state = 2 * 16, common.save_state
+
+    def save_and_stop(*args, **values):
+        save_state(*args, **values)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "save_state", save_and_stop)
+    flags = dict(expert_steps=22 * batch, train_episodes=0)
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path, **flags)
+    state = torch.load(tmp_path / f"experts/{GAME}_x1_state.pt")
+    assert state["step"] == 20 * batch and not (tmp_path / f"experts/{GAME}_x1.pt").exists()
+    collect(tmp_path, **flags, resume=True)
+    assert f"is at step {20 * batch}" in capsys.readouterr().out
+    rows = (tmp_path / f"experts/{GAME}_x1.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["env_step", str(20 * batch), str(22 * batch)]
+    expert = torch.load(tmp_path / f"experts/{GAME}_x1.pt")
+    assert expert["env_step"] == 22 * batch
+    moved = [
+        not torch.equal(expert["policy"][x], state["parts"]["policy"][x]) for x in expert["policy"]
+    ]
+    assert all(moved) and not list(tmp_path.glob("experts/*_state.pt"))
+
+
 def test_the_same_seed_records_the_same_and_noise_is_added_to_the_mean(root, tmp_path):
     (tmp_path / "experts").symlink_to(root / "experts")  # trained here, or before: no difference
     collect(tmp_path, train_episodes=1)
