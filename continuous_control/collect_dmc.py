@@ -65,6 +65,9 @@ class Args:
     """Side of the frames in pixels; below 64 (the paper's), means of blocks."""
     plain: bool = False
     """No shadows, no reflections: three to five times faster to render without a GPU."""
+    gray_stack: bool = False
+    """The last three frames, in gray, are the channels of each recorded frame (o_t is the third),
+    as one frame alone shows no velocity; not in the paper."""
     mean_action: bool = True
     """Record the policy's mean; --no-mean-action samples the policy."""
     noise: float = 0.2
@@ -117,7 +120,7 @@ class ControlEnvs:
     """`num_envs` environments of a task that step together, with the interface of ProcgenEnvs.
 
     settings: a dict with game, frame_size (0: nothing is rendered, obs are the states), plain and,
-    if wanted, action_repeat.
+    if wanted, action_repeat and gray_stack.
     states: float32 [B, D], the suite's own observations. obs: uint8 [B, S, S, 3], the frames.
     final_states: float32 [B, D], the last states of the episodes that ended with this step.
     """
@@ -129,6 +132,7 @@ class ControlEnvs:
         logging.set_verbosity("error")  # mujoco deprecates what the suite's models use
         self.num_envs, self.frame_size = num_envs, settings["frame_size"]
         self.action_repeat = settings.get("action_repeat", 1)
+        self.gray_stack = settings.get("gray_stack", False)
         self.envs, self.finished, self._returns = [], [], np.zeros(num_envs)
         *names, seconds = TASKS[settings["game"]]
         for i in range(num_envs):
@@ -141,16 +145,25 @@ class ControlEnvs:
                 model.vis.quality.shadowsize, model.mat_reflectance[:] = 0, 0
         self.num_actions = self.envs[0].action_spec().shape[0]
         self.states = np.stack([self._state(env.reset()) for env in self.envs])
-        self._render()
+        self.obs = np.zeros((num_envs, self.frame_size, self.frame_size, 3), np.uint8)
+        self._render(np.ones(num_envs, bool))
 
     def _state(self, time_step):
         return np.concatenate([np.ravel(x) for x in time_step.observation.values()], dtype="f4")
 
-    def _render(self):
-        self.obs = self.states
-        if self.frame_size:  # camera 0 follows the body from the side
-            frames = np.stack([env.physics.render(64, 64, camera_id=0) for env in self.envs])
-            self.obs = common.shrink(frames, self.frame_size)
+    def _render(self, first):
+        """Sets obs; first: bool [B], True where an episode starts."""
+        if not self.frame_size:
+            self.obs = self.states
+            return
+        # camera 0 follows the body from the side
+        frames = np.stack([env.physics.render(64, 64, camera_id=0) for env in self.envs])
+        frames = common.shrink(frames, self.frame_size)
+        if self.gray_stack:
+            gray = frames.mean(-1, keepdims=True).round().astype(np.uint8)
+            past = np.where(first[:, None, None, None], gray, self.obs[..., 1:])
+            frames = np.concatenate([past, gray], -1)
+        self.obs = frames
 
     def step(self, actions):
         """actions float [B, A] -> obs uint8 [B, S, S, 3], reward float32 [B], done bool [B].
@@ -169,7 +182,7 @@ class ControlEnvs:
             self.finished.append((int(env), float(self._returns[env])))
             self._returns[env] = 0
             self.states[env] = self._state(self.envs[env].reset())
-        self._render()
+        self._render(done)
         return self.obs, reward, done
 
     def close(self):
@@ -317,7 +330,8 @@ def main(args):
             common.fail(f"{folder} is there already; --overwrite replaces it")
     pick_renderer()
     torch.manual_seed(args.seed)
-    settings = dict(game=args.game, plain=args.plain, action_repeat=args.action_repeat)
+    names = ("game", "plain", "action_repeat", "gray_stack")
+    settings = {name: getattr(args, name) for name in names}
     path = args.experts_dir / f"{args.game}_x{args.action_repeat}.pt"
     if not path.exists():
         print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps, to {path}")

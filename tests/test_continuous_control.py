@@ -74,6 +74,23 @@ def test_actions_replayed_give_the_same_frames_and_rewards(root):
     assert settings["random_return"] < STEPS and settings["split"] == "random"
 
 
+def test_a_gray_stack_holds_the_last_three_frames_of_the_episode(root, monkeypatch):
+    monkeypatch.setattr(collect_dmc, "EPISODE_STEPS", 4)
+    settings, rng = dict(game=GAME, plain=True, frame_size=32), np.random.default_rng(0)
+    envs = [collect_dmc.ControlEnvs(settings | dict(gray_stack=x), 2, 3) for x in (False, True)]
+    frames, first = [], [True]
+    for _ in range(7):
+        color, stacked = (x.obs for x in envs)
+        gray = np.rint(color.astype(float).mean(-1))
+        frames = [gray] * 3 if first[-1] else [*frames[1:], gray]
+        assert np.array_equal(stacked, np.stack(frames, -1))
+        assert first[-1] or not np.array_equal(stacked[..., 1], stacked[..., 2])
+        actions = rng.uniform(-1, 1, (2, 6))
+        first.append([x.step(actions)[2] for x in envs][0].all())
+    assert np.flatnonzero(first).tolist() == [0, 4]
+    [x.close() for x in envs]
+
+
 def test_an_expert_resumes_after_the_last_saved_update(tmp_path, monkeypatch, capsys):
     batch, save_state = 2 * 16, common.save_state
 
