@@ -124,10 +124,9 @@ class ExpertPolicy(nn.Module):
         self.hidden = nn.Linear(self.cnn.num_features, 256)
         self.actor = nn.Linear(256, common.NUM_ACTIONS)
         self.critic = nn.Linear(256, 1)
-        nn.init.orthogonal_(self.actor.weight, 0.01)  # starts near uniform
-        nn.init.orthogonal_(self.critic.weight, 1.0)
-        nn.init.zeros_(self.actor.bias)
-        nn.init.zeros_(self.critic.bias)
+        for head, gain in ((self.actor, 0.01), (self.critic, 1.0)):  # actions start near uniform
+            nn.init.orthogonal_(head.weight, gain)
+            nn.init.zeros_(head.bias)
 
     def forward(self, obs):
         """uint8 (B, S, S, 3) -> logits (B, 15), value (B,)"""
@@ -150,9 +149,7 @@ def compute_gae(rewards, values, dones, gamma, gae_lambda):
     return advantages, advantages + values[:-1]
 
 
-def ppo_loss(
-    logits, value, action, old_logprob, old_value, advantage, target, clip, value_coef, entropy_coef
-):
+def ppo_loss(logits, value, action, old_logprob, old_value, advantage, target, args):
     """PPO's loss (Schulman et al. 2017) on a minibatch, all (B,) but logits (B, A), and metrics.
     The value is clipped as well.
     """
@@ -160,12 +157,12 @@ def ppo_loss(
     log_ratio = distribution.log_prob(action) - old_logprob
     ratio = log_ratio.exp()
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    clipped = advantage * ratio.clamp(1 - clip, 1 + clip)
+    clipped = advantage * ratio.clamp(1 - args.clip, 1 + args.clip)
     policy_loss = -torch.min(advantage * ratio, clipped).mean()
-    clipped_value = old_value + (value - old_value).clamp(-clip, clip)
+    clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
     value_loss = 0.5 * torch.max((value - target) ** 2, (clipped_value - target) ** 2).mean()
     entropy = distribution.entropy().mean()
-    loss = policy_loss + value_coef * value_loss - entropy_coef * entropy
+    loss = policy_loss + args.value_coef * value_loss - args.entropy_coef * entropy
     kl = (ratio - 1 - log_ratio).mean()
     return loss, dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, kl=kl)
 
@@ -175,12 +172,11 @@ def ppo_update(policy, optimizer, inputs, steps, args, generator):
     all (T, B, ..). Returns the metrics of the last minibatch.
     """
     inputs, steps = ([x.flatten(0, 1) for x in part] for part in (inputs, steps))
-    coefs = args.clip, args.value_coef, args.entropy_coef
     for _ in range(args.epochs):
         permutation = torch.randperm(len(steps[0]), generator=generator, device=generator.device)
         for rows in permutation.chunk(args.minibatches):
             outputs = policy(*(x[rows] for x in inputs))
-            loss, metrics = ppo_loss(*outputs, *(x[rows] for x in steps), *coefs)
+            loss, metrics = ppo_loss(*outputs, *(x[rows] for x in steps), args)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
@@ -255,7 +251,6 @@ def make_games(args, settings, purpose):
     return common.ProcgenEnvs(settings | dict(frame_size=size), args.num_envs, seed)
 
 
-@torch.no_grad()
 def record(args, settings, act, num_frames, folder):
     """Records shards of num_envs streams x rollout_steps frames, one stream after the other.
 
@@ -271,8 +266,10 @@ def record(args, settings, act, num_frames, folder):
             for _ in range(min(args.rollout_steps, length - start)):
                 obs, action = common.shrink(envs.obs, args.frame_size), act(envs.obs)
                 _, reward, done = envs.step(action)
-                action = np.where(action < 0, 4, action)  # -1 ends an episode (solver)
-                steps.append((obs, first, action.astype(np.uint8), reward))
+                action = np.where(action < 0, 4, action).astype(
+                    np.uint8
+                )  # -1: solver, next episode
+                steps.append((obs, first, action, reward))
                 first = done
             columns = (np.stack(x, 1) for x in zip(*steps))  # [B, T, ..]
             obs, first, action, reward = (x.reshape(-1, *x.shape[2:]) for x in columns)
@@ -292,10 +289,8 @@ def record(args, settings, act, num_frames, folder):
 def splits_to_record(args, settings):
     """{split: (frames, settings)} of splits that are not there, or that --overwrite replaces."""
     sizes = dict(train=args.train_frames, test=args.test_frames, random=args.random_frames)
-    splits = {}
-    for split, num_frames in sizes.items() if args.train_frames else ():
-        if num_frames == 0:
-            continue
+    wanted, splits = {x: n for x, n in sizes.items() if n and args.train_frames}, {}
+    for split, num_frames in wanted.items():
         level = 0 if split == "train" else args.num_levels  # others than those of the training
         recorded = settings | dict(start_level=level, split=split, seed=args.seed)
         recorded |= dict(temperature=args.temperature, solver=args.solver, num_frames=num_frames)
@@ -347,21 +342,15 @@ def main(args):
     splits = splits_to_record(args, settings)
     if args.train_frames and not splits:
         return
-    if args.solver:
-        act = Solver(args.game, args.plain, args.seed)
-    else:
-        act = load_expert(args, settings, device)
-    rng = np.random.default_rng(args.seed)
-
-    def act_at_random(obs):
-        return rng.integers(common.NUM_ACTIONS, size=len(obs))
+    solver = Solver(args.game, args.plain, args.seed) if args.solver else None
+    act, rng = solver or load_expert(args, settings, device), np.random.default_rng(args.seed)
+    players = dict(expert=act, random=lambda obs: rng.integers(common.NUM_ACTIONS, size=len(obs)))
 
     # the returns of expert and random policy go into the files, for the plots
-    players = dict(expert=act) | (dict(random=act_at_random) if args.num_levels else {})
     means = dict(random_return=common.GAMES[args.game][0])  # the paper's, on all levels
-    for name, player in players.items():
+    for name in players if args.num_levels else ["expert"]:
         envs = make_games(args, settings, name)
-        means[f"{name}_return"] = common.evaluate(envs, player, 4).mean().item()
+        means[f"{name}_return"] = common.evaluate(envs, players[name], 4).mean().item()
     print(
         f"mean return: expert {means['expert_return']:.2f}, random policy "
         f"{means['random_return']:.2f} (the paper's expert: {common.GAMES[args.game][1]:.2f})"
@@ -369,8 +358,8 @@ def main(args):
     raw, free = 3 * args.frame_size**2 / 1e9, shutil.disk_usage(".").free / 1e9
     for split, (num_frames, recorded) in splits.items():
         print(f"{split}: up to {num_frames * raw:.2g} GB before compression, {free:.0f} GB free")
-        player = act_at_random if split == "random" else act
-        record(args, recorded | means, player, num_frames, args.data_dir / args.game / split)
+        player, folder = players.get(split, act), args.data_dir / args.game / split
+        record(args, recorded | means, player, num_frames, folder)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character must
 
 ACTIONS = "left-down left left-up down none up right-down right right-up D A W S Q E".split()
 NUM_ACTIONS = len(ACTIONS)  # 15, the same in every game
+# cores that this process may use, which under Slurm are fewer than the machine has
+NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+FORMAT = 2  # of checkpoints; 1 had other names of weights
 
 # Mean returns of a uniformly random policy and of the paper's expert ("easy", all levels), and
 # actions with the same effect: tried from 900 to 3,100 states a game (get_state, set_state), with
@@ -56,6 +59,13 @@ GAMES = {
     "plunder": (4.3207445, 11.460528, f"{SIDES}, none down up A W S Q E"),
     "starpilot": (1.5251881, 66.98625, "D W S Q E"),
 }
+
+WRITTEN_BY = {  # what a file's name starts with: the script that writes it
+    "frames_": "collect_data.py", "labels_": "collect_data.py",
+    "latents_": "train_latent_dynamics.py", "latent_dynamics": "train_latent_dynamics.py",
+    "latent_policy": "train_latent_bc.py", "decode_offline": "decode_offline.py",
+    "decode_online": "decode_online_ppo.py", "latents.npz": "visualize_latents.py",
+}  # fmt: skip
 
 
 def distinct_actions(game):
@@ -119,10 +129,6 @@ def pick_device(name):
 def derive_seed(seed, purpose):
     """A 31-bit seed for each purpose, so that no two random streams of a run are equal."""
     return zlib.crc32(f"{seed}/{purpose}".encode()) >> 1
-
-
-# cores that this process may use, which under Slurm are fewer than the machine has
-NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def shrink(frames, size):
@@ -219,15 +225,14 @@ def evaluate(envs, act, episodes_per_env):
     environment plays equally many: the first episodes to finish would be the short ones.
     """
     returns = [[] for _ in range(envs.num_envs)]
-    bar = progress_bar(envs.num_envs * episodes_per_env, "episode", "evaluate")
-    while min(map(len, returns)) < episodes_per_env:
-        envs.step(act(envs.obs))
-        for env, episode_return in envs.finished:
-            if len(returns[env]) < episodes_per_env:
-                returns[env].append(episode_return)
-                bar.update()
-        envs.finished.clear()
-    bar.close()
+    with progress_bar(envs.num_envs * episodes_per_env, "episode", "evaluate") as bar:
+        while min(map(len, returns)) < episodes_per_env:
+            envs.step(act(envs.obs))
+            for env, episode_return in envs.finished:
+                if len(returns[env]) < episodes_per_env:
+                    returns[env].append(episode_return)
+                    bar.update()
+            envs.finished.clear()
     return np.array(returns)
 
 
@@ -265,14 +270,6 @@ def new_folder(folder, overwrite):
     part.rename(folder)
 
 
-WRITTEN_BY = {  # what a file's name starts with: the script that writes it
-    "frames_": "collect_data.py", "labels_": "collect_data.py",
-    "latents_": "train_latent_dynamics.py", "latent_dynamics": "train_latent_dynamics.py",
-    "latent_policy": "train_latent_bc.py", "decode_offline": "decode_offline.py",
-    "decode_online": "decode_online_ppo.py", "latents.npz": "visualize_latents.py",
-}  # fmt: skip
-
-
 @contextlib.contextmanager
 def reading(path):
     """Ends the run with one line if `path` is missing or damaged."""
@@ -304,13 +301,11 @@ def load_npz(path, keys=None):
         return {key: file[key] for key in keys or file.files} | dict(settings=settings)
 
 
-FORMAT = 2  # of checkpoints; 1 had other names of weights
-
-
 def save_checkpoint(path, **content):
     """Tensors and plain Python values only, so that it loads with weights_only=True."""
-    with atomic_write(path) as temporary:
-        torch.save(dict(format=FORMAT) | content, temporary)
+    # by a file object: torch.save writes the name of a path, which has the process id, into files
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        torch.save(dict(format=FORMAT) | content, file)
 
 
 def load_checkpoint(path, kind, game):
@@ -332,8 +327,7 @@ def fingerprint(*modules):
 
 def to_input(frames):
     """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], channels last in memory."""
-    b, t, s, _, c = frames.shape
-    x = frames.permute(0, 2, 3, 1, 4).reshape(b, s, s, t * c).permute(0, 3, 1, 2)
+    x = frames.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)
     return x.float() / 255 - 0.5
 
 
@@ -352,9 +346,8 @@ def read_frames(path, game):
         fail(f"{path} has obs {found}, not {expected}, or first is not bool [N > 0]")
     if settings.get("game", game) != game:
         fail(f"{path} was recorded from {settings['game']}, not from {game}")
-    known = dict(num_levels=0)  # of own shards, which may lack settings
-    if game in GAMES:
-        known |= dict(random_return=GAMES[game][0], expert_return=GAMES[game][1])
+    # own shards may lack settings
+    known = dict(zip(("random_return", "expert_return"), GAMES.get(game, ())), num_levels=0)
     return obs, first, known | settings | dict(game=game, frame_size=size)
 
 
@@ -385,8 +378,7 @@ def valid_windows(first, context):
     """bool [N]: True at i where frames i - context .. i + 1 belong to one episode of one stream."""
     starts = np.concatenate([[0], np.cumsum(first)])  # starts[i]: episode starts before row i
     valid = np.zeros(len(first), bool)
-    i = np.arange(context, len(first) - 1)
-    valid[i] = starts[i + 2] == starts[i - context + 1]
+    valid[context:-1] = starts[context + 2 :] == starts[1 : -context - 1]
     return valid
 
 

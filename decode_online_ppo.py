@@ -205,9 +205,7 @@ def compute_gae(rewards, values, dones, gamma, gae_lambda):
     return advantages, advantages + values[:-1]
 
 
-def ppo_loss(
-    logits, value, action, old_logprob, old_value, advantage, target, clip, value_coef, entropy_coef
-):
+def ppo_loss(logits, value, action, old_logprob, old_value, advantage, target, args):
     """PPO's loss (Schulman et al. 2017) on a minibatch, all (B,) but logits (B, A), and metrics.
     The value is clipped as well.
     """
@@ -215,12 +213,12 @@ def ppo_loss(
     log_ratio = distribution.log_prob(action) - old_logprob
     ratio = log_ratio.exp()
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    clipped = advantage * ratio.clamp(1 - clip, 1 + clip)
+    clipped = advantage * ratio.clamp(1 - args.clip, 1 + args.clip)
     policy_loss = -torch.min(advantage * ratio, clipped).mean()
-    clipped_value = old_value + (value - old_value).clamp(-clip, clip)
+    clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
     value_loss = 0.5 * torch.max((value - target) ** 2, (clipped_value - target) ** 2).mean()
     entropy = distribution.entropy().mean()
-    loss = policy_loss + value_coef * value_loss - entropy_coef * entropy
+    loss = policy_loss + args.value_coef * value_loss - args.entropy_coef * entropy
     kl = (ratio - 1 - log_ratio).mean()
     return loss, dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, kl=kl)
 
@@ -230,12 +228,11 @@ def ppo_update(policy, optimizer, inputs, steps, args, generator):
     all (T, B, ..). Returns the metrics of the last minibatch.
     """
     inputs, steps = ([x.flatten(0, 1) for x in part] for part in (inputs, steps))
-    coefs = args.clip, args.value_coef, args.entropy_coef
     for _ in range(args.epochs):
         permutation = torch.randperm(len(steps[0]), generator=generator, device=generator.device)
         for rows in permutation.chunk(args.minibatches):
             outputs = policy(*(x[rows] for x in inputs))
-            loss, metrics = ppo_loss(*outputs, *(x[rows] for x in steps), *coefs)
+            loss, metrics = ppo_loss(*outputs, *(x[rows] for x in steps), args)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
@@ -372,13 +369,12 @@ def main(args):
 
     # --- training
     output = run / f"decode_online_{args.method}"
-    state = run / f"{output.name}_state.pt"
     fits = f"; {len(refits)} fits of the decoder" if with_decoder else ""
     print(f"stage 3, online: {args.method} on {args.game}, {updates:,} updates on {device}{fits}")
     parts = dict(policy=policy, optimizer=optimizer, decoder=decoder, envs=envs)
     parts |= dict(generator=generator, normalize_rewards=normalize_rewards)
     curve, decoder_accuracy = dict(env_steps=[], returns=[], episodes=[]), float("nan")
-    start, saved = common.load_state(state, args, parts)
+    start, saved = common.load_state(f"{output}_state.pt", args, parts)
     if saved:
         curve, decoder_accuracy = saved["curve"], saved["decoder_accuracy"]
         names = ("frames", "firsts", "z_seen", "actions_seen")
@@ -433,9 +429,9 @@ def main(args):
             common.save_npz(f"{output}.npz", settings | asdict(args) | dict(resume=False), **curve)
             plot_all_methods(run, args.game, f"{output}.png", settings)
             common.save_state(
-                state, args, env_step, parts, curve=curve, decoder_accuracy=decoder_accuracy,
-                frames=frames[-k - 1 :].clone(), firsts=firsts[-k - 1 :].clone(),
-                z_seen=z_seen, actions_seen=actions_seen,
+                f"{output}_state.pt", args, env_step, parts, curve=curve,
+                decoder_accuracy=decoder_accuracy, frames=frames[-k - 1 :].clone(),
+                firsts=firsts[-k - 1 :].clone(), z_seen=z_seen, actions_seen=actions_seen,
             )  # fmt: skip
             common.save_checkpoint(
                 f"{output}.pt", kind="decode_online", game=args.game, env_step=env_step,

@@ -149,8 +149,7 @@ def main(args):
     policy.to(device, memory_format=torch.channels_last)
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
-    end = max(args.grad_steps, args.warmup_steps + 1)
-    ramp = ([0, args.warmup_steps, end], [0.01, 1.0, 0.0])
+    ramp = ([0, args.warmup_steps, max(args.grad_steps, args.warmup_steps + 1)], [0.01, 1.0, 0.0])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: float(np.interp(i, *ramp)))
     loss_function = torch.compile(imitation_loss) if args.compile else imitation_loss
     print(

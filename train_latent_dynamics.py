@@ -154,7 +154,6 @@ class EMAVectorQuantizer(nn.Module):
         z_q = z_q.view(c, -1, p, e).permute(1, 0, 3, 2).reshape(z.shape)
         return z_q, commitment_loss, codes.view(c, -1, p).transpose(0, 1).flatten(1)
 
-    @torch.no_grad()
     def update(self, x, codes):
         """Moves the averages towards the pieces x (C, B * P, E) of codes (C, B * P)."""
         k = self.embedding.shape[1]
@@ -263,8 +262,7 @@ def linear_probe(z, actions, test_z, test_actions):
     probe, constant = LogisticRegression(C=0.1, max_iter=1000), DummyClassifier()
     if actions.dtype.kind == "f":
         probe, constant = Ridge(), DummyRegressor()
-    if len(np.unique(actions)) == 1:  # too few for a classifier
-        probe = constant
+    probe = probe if len(np.unique(actions)) > 1 else constant  # a classifier needs two
     fitted = (make_pipeline(StandardScaler(), x).fit(z, actions) for x in (probe, constant))
     return tuple(float(x.score(test_z, test_actions)) for x in fitted)
 
@@ -347,10 +345,9 @@ def main(args):
         scale_head(idm, store.windows_at(store.draw(512)), args.z_std)
     parameters = [*idm.parameters(), *fdm.parameters()]  # the codebooks are moving averages
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
-    end = max(args.grad_steps, args.warmup_steps + 1)
-    ramp = ([0, args.warmup_steps, end], [0.1, 1.0, 0.01])
+    ramp = ([0, args.warmup_steps, max(args.grad_steps, args.warmup_steps + 1)], [0.1, 1.0, 0.01])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: float(np.interp(i, *ramp)))
-    loss_function = torch.compile(dynamics_loss) if args.compile else dynamics_loss
+    compute_loss = torch.compile(dynamics_loss) if args.compile else dynamics_loss
     print(
         f"stage 1: {args.grad_steps:,} updates of {args.batch_size} windows of {args.game}, {size}x"
         f"{size}; {store.num_frames:,} frames, {len(store.obs):,} in memory; on {device}, "
@@ -363,14 +360,13 @@ def main(args):
     parts["sampler"] = store.generator
     start, _ = common.load_state(state, args, parts)
     log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step", start)
-    mse = commitment_loss = float("nan")
+    mse = commitment = float("nan")
     for grad_step in range(start, args.grad_steps + 1):  # grad_step updates have been made
         last = grad_step == args.grad_steps
         if (last or grad_step % args.eval_every == 0) and (grad_step > start or start == 0):
             common.check_finite(grad_step, output, idm, fdm)
             metrics = evaluate(idm, quantizer, fdm, test_windows, *probe)
-            losses = dict(train_mse=mse, commitment_loss=commitment_loss)
-            log.write(grad_step=grad_step, **losses, **metrics)
+            log.write(grad_step=grad_step, train_mse=mse, commitment_loss=commitment, **metrics)
             if grad_step and metrics.get("perplexity_mean", 2) < 1.5:
                 log.bar.write("warning: the codebooks have collapsed, see README, Troubleshooting")
             common.save_checkpoint(
@@ -386,8 +382,7 @@ def main(args):
             break
         windows = store.windows_at(store.draw(args.batch_size))
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            terms = loss_function(idm, quantizer, fdm, windows, args.commitment_cost)
-        loss, mse, commitment_loss = terms
+            loss, mse, commitment = compute_loss(idm, quantizer, fdm, windows, args.commitment_cost)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

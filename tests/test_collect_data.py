@@ -37,8 +37,8 @@ def ppo(ratio=(1.0, 1.0), advantage=(1.0, -1.0), value=(0.0, 0.0), target=(0.0, 
     old_logprob = -torch.log(torch.tensor(15.0)) - torch.tensor(ratio).log()
     value, advantage, target = map(torch.tensor, (value, advantage, target))
     steps = value, torch.tensor([3, 4]), old_logprob, torch.zeros(2), advantage, target
-    coefs = dict(clip=0.2, value_coef=0.5, entropy_coef=0.01)
-    return collect_data.ppo_loss(torch.zeros(2, 15), *steps, **coefs)
+    args = collect_data.Args(clip=0.2, value_coef=0.5, entropy_coef=0.01)
+    return collect_data.ppo_loss(torch.zeros(2, 15), *steps, args)
 
 
 def test_ppos_policy_loss_by_hand():

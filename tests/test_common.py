@@ -100,6 +100,15 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
 
 
+def test_the_bytes_of_a_checkpoint_do_not_depend_on_the_process(tmp_path, monkeypatch):
+    files = []
+    for pid in (7, 1234):
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        common.save_checkpoint(tmp_path / "x.pt", kind="state", game="maze", x=torch.ones(3))
+        files.append((tmp_path / "x.pt").read_bytes())
+    assert files[0] == files[1]
+
+
 def test_missing_damaged_and_foreign_files_give_one_line(tmp_path):
     path = tmp_path / "latent_policy.pt"
 
