@@ -278,7 +278,8 @@ def draw_training(axes, results, column):
         if column in run:
             axes.plot(run["grad_step"], run[column], label=f"ILPO: {game}, seed {seed}")
     axes.set(xlabel="gradient steps", ylabel=column.replace("_", " "), title="ILPO's training")
-    axes.set_ylim(0, max(1, axes.get_ylim()[1]))
+    top = max(1, axes.get_ylim()[1])
+    axes.set_ylim(-0.05 * top, 1.05 * top)
 
 
 def print_tables(results):
