@@ -266,10 +266,8 @@ def record(args, settings, act, num_frames, folder):
             for _ in range(min(args.rollout_steps, length - start)):
                 obs, action = common.shrink(envs.obs, args.frame_size), act(envs.obs)
                 _, reward, done = envs.step(action)
-                action = np.where(action < 0, 4, action).astype(
-                    np.uint8
-                )  # -1: solver, next episode
-                steps.append((obs, first, action, reward))
+                action = np.where(action < 0, 4, action)  # -1 ends an episode (solver)
+                steps.append((obs, first, action.astype(np.uint8), reward))
                 first = done
             columns = (np.stack(x, 1) for x in zip(*steps))  # [B, T, ..]
             obs, first, action, reward = (x.reshape(-1, *x.shape[2:]) for x in columns)
