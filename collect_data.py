@@ -194,7 +194,7 @@ def train_expert(args, settings, device, path):
     policy = ExpertPolicy(args.frame_size, args.expert_multiplier)
     policy.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.expert_lr, eps=1e-5, fused=True)
-    seed = common.derive_seed(args.seed, "expert")
+    seed = common.derive_seed(args.seed, "train expert")
     envs = common.ProcgenEnvs(settings, args.num_envs, seed)
     generator = torch.Generator(device).manual_seed(seed)
     normalize_rewards = common.RewardNormalizer(args.num_envs, args.gamma)
@@ -289,7 +289,7 @@ def splits_to_record(args, settings):
     sizes = dict(train=args.train_frames, test=args.test_frames, random=args.random_frames)
     wanted, splits = {x: n for x, n in sizes.items() if n and args.train_frames}, {}
     for split, num_frames in wanted.items():
-        level = 0 if split == "train" else args.num_levels  # others than those of the training
+        level = 0 if split == "train" else args.num_levels  # test on the next n; 0: all levels
         recorded = settings | dict(start_level=level, split=split, seed=args.seed)
         recorded |= dict(temperature=args.temperature, solver=args.solver, num_frames=num_frames)
         folder = args.data_dir / args.game / split
@@ -341,7 +341,8 @@ def main(args):
     if args.train_frames and not splits:
         return
     solver = Solver(args.game, args.plain, args.seed) if args.solver else None
-    act, rng = solver or load_expert(args, settings, device), np.random.default_rng(args.seed)
+    act = solver or load_expert(args, settings, device)
+    rng = np.random.default_rng(args.seed)
     players = dict(expert=act, random=lambda obs: rng.integers(common.NUM_ACTIONS, size=len(obs)))
 
     # the returns of expert and random policy go into the files, for the plots
@@ -356,8 +357,8 @@ def main(args):
     raw, free = 3 * args.frame_size**2 / 1e9, shutil.disk_usage(".").free / 1e9
     for split, (num_frames, recorded) in splits.items():
         print(f"{split}: up to {num_frames * raw:.2g} GB before compression, {free:.0f} GB free")
-        player, folder = players.get(split, act), args.data_dir / args.game / split
-        record(args, recorded | means, player, num_frames, folder)
+        player = players["random" if split == "random" else "expert"]
+        record(args, recorded | means, player, num_frames, args.data_dir / args.game / split)
 
 
 if __name__ == "__main__":

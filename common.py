@@ -28,9 +28,6 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character must not end a run
-    sys.stdout.reconfigure(errors="backslashreplace")
-
 ACTIONS = "left-down left left-up down none up right-down right right-up D A W S Q E".split()
 NUM_ACTIONS = len(ACTIONS)  # 15, the same in every game
 # cores that this process may use, which under Slurm are fewer than the machine has
@@ -148,11 +145,8 @@ class ProcgenEnvs:
 
     def __init__(self, settings, num_envs, seed):
         check_game(settings["game"])
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # gym's notice about its successor
-                from procgen import ProcgenGym3Env
-        except ImportError as error:
-            fail(f"Procgen cannot be imported here ({error})")
+        with contextlib.redirect_stderr(io.StringIO()):  # gym's notice about its successor
+            from procgen import ProcgenGym3Env
         options = {name: settings.get(name, 0) for name in ("start_level", "num_levels")}  # 0: all
         if settings.get("plain"):
             options |= dict(use_backgrounds=False, restrict_themes=True, use_monochrome_assets=True)
@@ -197,20 +191,20 @@ class RewardNormalizer:
     """
 
     def __init__(self, num_envs, gamma):
-        self.gamma, self.mean, self.var, self.count = gamma, 0.0, 1.0, 1e-4
+        self.gamma = gamma
+        # of all discounted returns so far; the variance starts at 1
+        self.count, self.total, self.squares = 1e-4, 0.0, 1e-4
         self.discounted = np.zeros(num_envs)
 
     def __call__(self, reward, done):
         """reward float (B,), done bool (B,) of one step -> float32 (B,)"""
         self.discounted = self.discounted * self.gamma + reward
-        # running mean and variance of all steps so far (Chan et al. 1979)
-        n, delta = len(reward), self.discounted.mean() - self.mean
-        total = self.count + n
-        squares = self.var * self.count + self.discounted.var() * n
-        self.var = (squares + delta**2 * self.count * n / total) / total
-        self.mean, self.count = self.mean + delta * n / total, total
+        self.count += len(reward)
+        self.total += self.discounted.sum()
+        self.squares += (self.discounted**2).sum()
+        var = self.squares / self.count - (self.total / self.count) ** 2
         self.discounted[done] = 0
-        return np.clip(reward / np.sqrt(self.var + 1e-8), -10, 10).astype(np.float32)
+        return np.clip(reward / np.sqrt(var + 1e-8), -10, 10).astype(np.float32)
 
     def state_dict(self):
         return {name: np.asarray(value).tolist() for name, value in vars(self).items()}
@@ -303,7 +297,7 @@ def load_npz(path, keys=None):
 
 def save_checkpoint(path, **content):
     """Tensors and plain Python values only, so that it loads with weights_only=True."""
-    # by a file object: torch.save writes the name of a path, which has the process id, into files
+    # through a file object: given a path, torch.save stores its name, which has the process id
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         torch.save(dict(format=FORMAT) | content, file)
 
@@ -489,7 +483,7 @@ class FrameStore:
 
 def true_actions_to_report_on(store, rows):
     """The true actions at rows of a FrameStore: int [n], those of equal effect merged, or float32
-    [n, A] if continuous. None if there are no label files. For metrics alone, never for a loss.
+    [n, A] if continuous. None if there are no label files. To report on latents, not to learn them.
     """
     names = (path.name.replace("frames", "labels") for path in store.paths)
     if not all((store.folder / name).exists() for name in names):

@@ -2,7 +2,7 @@
 
 For each number of labels N and each seed, an action decoder is fitted on N pairs of the IDM's z_t
 and the true action, and plays on top of the frozen latent policy: action = decoder(policy(o_t)).
-Beside them plays a policy that does not look: it draws actions as often as the expert does.
+Beside them plays a blind policy, the control: it draws actions with the expert's frequencies.
 
 reads   runs/<game>/latent_policy.pt, {train,test}/latents_NNN.npz,
         data/<game>/{train,test}/labels_NNN.npz and test/frames_NNN.npz
@@ -151,7 +151,7 @@ def plot(path, title, xlabel, curves, references):
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     for color, (name, (x, returns)) in enumerate(curves.items()):
-        mean, std = returns.mean(1), returns.std(1)
+        mean, std = returns.mean(1), returns.std(1, ddof=min(1, returns.shape[1] - 1))
         axes.plot(x, mean, ".-", color=f"C{color}", label=name)
         axes.fill_between(x, mean - std, mean + std, color=f"C{color}", alpha=0.2, linewidth=0)
     for (name, value), style in zip(references.items(), ("--", ":", "-.")):
@@ -190,6 +190,8 @@ def main(args):
     test = common.FrameStore(args, "test", checkpoint["context"], device, stamp)
     rows = test.draw(4096)
     test_z, test_actions = test.z_at(rows), common.true_actions_to_report_on(test, rows)
+    if test_actions is None:
+        common.fail(f"{data / 'test'} has frames without labels; collect_data.py writes both")
     with torch.no_grad():
         predicted_z = torch.cat([policy(obs) for obs in test.frames_at(rows).split(512)])
 
@@ -241,13 +243,13 @@ def main(args):
         blind_return=blind_return, random_return=random_return, expert_return=expert_return,
     )  # fmt: skip
     references = {"expert": expert_return, "random policy": random_return}
-    references["actions drawn without looking"] = blind_return
+    references["blind policy"] = blind_return
     title = f"{args.game}, decoded offline: mean and std of {args.decoder_seeds} decoders"
     curves = {"LAPO: decoder on the latent policy": (args.labels, returns)}
     plot(run / "decode_offline.png", title, "labelled frames", curves, references)
     print("  labels     return          normalized  accuracy from z  accuracy from o_t")
     for i, count in enumerate(args.labels):
-        mean, std = returns[i].mean(), returns[i].std()
+        mean, std = returns[i].mean(), returns[i].std(ddof=min(1, args.decoder_seeds - 1))
         normalized = common.normalize_return(mean, random_return, expert_return)
         print(
             f"{count:8} {mean:10.2f} +- {std:5.2f} {normalized:11.2f} {accuracy[i].mean():16.3f} "

@@ -60,8 +60,8 @@ class Args(common.RunArgs):
     lr: float = 0.01
     """Learning rate of Adam (section 5), of which each part takes a fraction, see below."""
     action_lr_ramp: tuple[int, int, float] = (35_000, 50_000, 0.25)
-    """Action head: steps at which its fraction leaves 0 and peaks, and the peak; then linear to 0
-    (official code)."""
+    """(start, top, peak): the learning rate of the action head is 0 until step `start`, rises to
+    peak * lr at step `top` and falls to 0 at --env-steps (official code)."""
     value_lr_ramp: tuple[int, int, float] = (25_000, 50_000, 0.25)
     """The same for the value head (official code)."""
     hidden_lr_ramp: tuple[int, int, float] = (50_000, 200_000, 0.1)
@@ -361,7 +361,7 @@ def main(args):
     not_decoded = torch.zeros(b, common.NUM_ACTIONS, device=device)
 
     @torch.no_grad()
-    def look(obs):
+    def look(obs, fitted):
         """Encodes frames, once for all epochs: features (B, F), and what the heads make of them."""
         features = latent_policy.features(obs)
         decoded = decoder(latent_policy.latent(features)) if fitted else not_decoded
@@ -385,7 +385,7 @@ def main(args):
         # k frames from before the rollout, T frames, and the one that the next rollout starts from
         frames, firsts, steps = [*frames[-k - 1 :]], [*firsts[-k - 1 :]], []
         for _ in range(t):
-            features, decoded, logits, value = look(frames[-1])
+            features, decoded, logits, value = look(frames[-1], fitted)
             action = sample_actions(logits, generator)
             logprob = logits.log_softmax(-1).gather(1, action[:, None])[:, 0]
             obs, reward, done = envs.step(action.cpu().numpy())
@@ -395,7 +395,7 @@ def main(args):
             firsts.append(torch.from_numpy(done).to(device))
         features, decoded, actions, logprobs, values, rewards = map(torch.stack, zip(*steps))
         frames, firsts = torch.stack(frames), torch.stack(firsts)  # (k + T + 1, B, ..)
-        all_values = torch.cat([values, look(frames[-1])[3][None]])  # (T + 1, B)
+        all_values = torch.cat([values, look(frames[-1], fitted)[3][None]])  # (T + 1, B)
         dones = firsts[k + 1 :]  # the frame after the last of an episode opens the next
         advantages, targets = compute_gae(rewards, all_values, dones, args.gamma, args.gae_lambda)
 
@@ -426,6 +426,7 @@ def main(args):
             point = dict(env_steps=env_step, returns=mean_return, episodes=len(returns))
             curve = {name: [*curve[name], value] for name, value in point.items()}
             log.write(**point, **metrics, decoder_accuracy=decoder_accuracy)
+            # resume=False: with and without an interruption, the same bytes
             common.save_npz(f"{output}.npz", settings | asdict(args) | dict(resume=False), **curve)
             plot_all_methods(run, args.game, f"{output}.png", settings)
             common.save_state(

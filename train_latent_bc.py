@@ -117,8 +117,8 @@ def imitation_loss(policy, obs, z):
 def evaluate(policy, obs, z, batch_size=512):
     """Metrics of held-out frames, as a dict: obs uint8 (N, S, S, 3), z (N, Z).
 
-    variance_explained: 0 for the mean latent, 1 for the IDM's own. A policy stays below 1, because
-    o_t does not determine what a stochastic expert does next.
+    test_mse: in the units of z. variance_explained: 0 for the mean latent, 1 for the IDM's own; a
+    policy stays below 1, as o_t does not determine what a stochastic expert does next.
     """
     policy.eval()
     mse = (torch.cat([policy(part) for part in obs.split(batch_size)]) - z).pow(2).mean()
@@ -174,7 +174,7 @@ def main(args):
         log.bar.update()
         if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
             common.check_finite(grad_step, output, policy)
-            log.write(grad_step=grad_step, train_mse=loss, **evaluate(policy, test_obs, test_z))
+            log.write(grad_step=grad_step, train_loss=loss, **evaluate(policy, test_obs, test_z))
             common.save_checkpoint(
                 output, kind="latent_policy", game=args.game, grad_step=grad_step,
                 settings=store.settings, frame_size=size, context=context, z_dim=z_dim,

@@ -10,7 +10,7 @@ writes  runs/<game>/latent_dynamics.pt, {train,test}/latents_NNN.npz, train_late
 
 paper scale   python train_latent_dynamics.py --game bigfish
 on a CPU      python train_latent_dynamics.py --game miner --multiplier 0.5 --fdm-width 8 --lr 1e-3
-                  --batch-size 64 --vq-decay 0.99 --predict-change --grad-steps 1500
+                  --batch-size 64 --vq-decay 0.99 --predict-change --z-std 0.2 --grad-steps 1500
                   --eval-every 250
 no VQ (A.2)   python train_latent_dynamics.py --game bigfish --no-vq --runs-dir runs/no_vq
 """
@@ -199,15 +199,18 @@ class FDM(nn.Module):
         past, self.predict_change = 3 * (context + 1), predict_change
         depth = frame_size.bit_length() - 2  # down blocks until 2x2 is left: 5 at 64x64
         widths = [width * 2**i for i in range(depth + 1)]  # 24, 48, 96, 192, 384 and, at 1x1, 768
-        self.down = nn.ModuleList()
-        for i, o in zip([past + z_dim, *widths], widths[:-1]):  # halves the side
-            block = [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), ResidualBlock(o, o // 2)]
-            self.down.append(nn.Sequential(*block, nn.MaxPool2d(2), nn.ReLU()))
-        self.bottom = nn.Conv2d(widths[-2], widths[-1], 2)  # (B, 16 width, 2, 2) -> 1x1
-        self.up, skips = nn.ModuleList(), [2 * i for i in widths[-2::-1]]
-        for i, o in zip([widths[-1] + z_dim, *skips], [*widths[-2::-1], width]):  # doubles the side
-            block = [nn.ConvTranspose2d(i, o, 2, 2), nn.BatchNorm2d(o), ResidualBlock(o, o // 2)]
-            self.up.append(nn.Sequential(*block, nn.ReLU()))
+        self.down, channels = nn.ModuleList(), past + z_dim
+        for o in widths[:-1]:  # halves the side
+            block = [nn.Conv2d(channels, o, 3, padding=1), nn.BatchNorm2d(o)]
+            block += [ResidualBlock(o, o // 2), nn.MaxPool2d(2), nn.ReLU()]
+            self.down.append(nn.Sequential(*block))
+            channels = o
+        self.bottom = nn.Conv2d(channels, widths[-1], 2)  # (B, 16 width, 2, 2) -> 1x1
+        self.up, channels = nn.ModuleList(), widths[-1] + z_dim  # z in place of a skip
+        for o in [*reversed(widths[:-1]), width]:  # doubles the side
+            block = [nn.ConvTranspose2d(channels, o, 2, 2), nn.BatchNorm2d(o)]
+            self.up.append(nn.Sequential(*block, ResidualBlock(o, o // 2), nn.ReLU()))
+            channels = 2 * o  # with the skip of the same size
         last = [nn.Conv2d(width + past, width, 3, padding=1), ResidualBlock(width, width // 2)]
         self.last = nn.Sequential(*last, nn.ReLU(), nn.Conv2d(width, 3, 1))
         if predict_change:  # starts from "nothing changes"
@@ -215,7 +218,9 @@ class FDM(nn.Module):
             nn.init.zeros_(self.last[-1].bias)
 
     def forward(self, past, z):
-        """past uint8 (B, k + 1, S, S, 3), z (B, Z) -> o_{t+1} (B, 3, S, S) in [-0.5, 0.5]"""
+        """past uint8 (B, k + 1, S, S, 3), z (B, Z) -> o_{t+1} (B, 3, S, S), unclipped if the change
+        is predicted, else within [-0.5, 0.5]
+        """
         past = common.to_input(past)
         x = conv_with_planes(self.down[0][0], past, z)  # (B, width, S, S)
         skips = [self.down[0][1:](x)]  # (B, width, S / 2, S / 2)
@@ -275,7 +280,8 @@ def in_batches(model, *inputs, batch_size=512):
 @torch.no_grad()
 def evaluate(idm, quantizer, fdm, test_windows, probe_windows, probe_actions):
     """Metrics of held-out windows uint8 (N, k + 2, S, S, 3), as a dict. The probe of probe_actions
-    [N] (or None) is fitted on three quarters of probe_windows, tested on the rest: other streams.
+    [N] (or None) is fitted on the first 3/4 of probe_windows, in the order of the files, and tested
+    on the rest.
     """
     idm.eval(), quantizer.eval(), fdm.eval()
     z_q, _, codes = quantizer(in_batches(idm, test_windows))
@@ -324,7 +330,8 @@ def main(args):
 
     # --- data. Random play is the honest probe of z: its o_t says nothing about the action, so
     # no memory of places can pass. Without it (own videos), the held-out frames are probed.
-    k, probe_split = args.context, "random" if (data / "random").exists() else "test"
+    k = args.context
+    probe_split = "random" if (data / "random").exists() else "test"
     store = common.FrameStore(args, "train", k, device, pool_frames=args.pool_frames)
     test = common.FrameStore(args, "test", k, device)
     probed = test if probe_split == "test" else common.FrameStore(args, "random", k, device)
@@ -363,6 +370,7 @@ def main(args):
     mse = commitment = float("nan")
     for grad_step in range(start, args.grad_steps + 1):  # grad_step updates have been made
         last = grad_step == args.grad_steps
+        # step 0 is the untrained IDM; the first step of a resumed run has been logged already
         if (last or grad_step % args.eval_every == 0) and (grad_step > start or start == 0):
             common.check_finite(grad_step, output, idm, fdm)
             metrics = evaluate(idm, quantizer, fdm, test_windows, *probe)

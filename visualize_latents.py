@@ -248,13 +248,14 @@ def print_results(run, game, metrics):
         print(f"{name:36}{value:10.4g}")
     for path in run.glob("decode_offline.npz"):
         offline = common.load_npz(path)
-        print(line.format("return without looking", float(offline["blind_return"]), ""))
+        print(line.format("return of the blind policy", float(offline["blind_return"]), ""))
         labels = offline["labels"]
         for name in (name for name in offline if name.startswith("returns")):
             values = np.broadcast_to(offline[name], (len(labels), offline[name].shape[-1]))
             for count, x in zip(labels, values):  # methods: baselines/label_efficiency.py
                 method = f"return, {name[8:] or 'lapo'}, {count} labels"
-                print(line.format(method, x.mean(), f"std {x.std():.2f}"))
+                std = x.std(ddof=min(1, len(x) - 1))
+                print(line.format(method, x.mean(), f"std {std:.2f}"))
     for path in sorted(run.glob("decode_online_*.npz")):
         online = common.load_npz(path, ("env_steps", "returns"))
         name = f"return, {online['env_steps'][-1]:,} steps online"
@@ -272,8 +273,10 @@ def main(args):
     # --- networks
     saved = common.load_checkpoint(run / "latent_dynamics.pt", "latent_dynamics", args.game)
     vq_sizes, z_dim, stamp = saved["vq_sizes"], saved["z_dim"], saved["fingerprint"]
-    sizes = size, k, _ = saved["frame_size"], saved["context"], saved["multiplier"]
-    idm, untrained, supervised = IDM(*sizes, z_dim), IDM(*sizes, z_dim), IDM(*sizes, 15)
+    size, k = saved["frame_size"], saved["context"]
+    idm, untrained, supervised = (
+        IDM(size, k, saved["multiplier"], outputs) for outputs in (z_dim, z_dim, 15)
+    )
     fdm = FDM(size, k, z_dim, saved["fdm_width"], saved["predict_change"])
     quantizer = EMAVectorQuantizer(*vq_sizes, decay=1.0) if vq_sizes else NoQuantizer()
     for name, module in dict(idm=idm, fdm=fdm, quantizer=quantizer).items():
@@ -284,7 +287,7 @@ def main(args):
 
     # --- data: windows, z (stage 1 writes none of random play), true actions or None
     splits = {}
-    for split in ["random"] * (data / "random").exists() + ["test", "train"]:
+    for split in (["random"] if (data / "random").exists() else []) + ["test", "train"]:
         latents = stamp if split != "random" else None
         store = common.FrameStore(args, split, k, device, latents)
         if store.frame_size != size:
@@ -322,7 +325,7 @@ def main(args):
         mlp = MLPClassifier((256,), max_iter=30, random_state=args.seed)
         metrics["mlp_probe"] = make_pipeline(StandardScaler(), mlp).fit(train_z, a).score(z, group)
         if args.supervised_steps > 0:
-            train_supervised(supervised, store, args.supervised_steps)
+            train_supervised(supervised, store, args.supervised_steps)  # store: the last, "train"
             guesses = in_batches(supervised, windows).argmax(1).cpu().numpy()
             metrics["supervised"] = (guesses == group).mean()
         metrics["knn_purity"], metrics["knn_chance"] = knn_purity(z, group)
@@ -334,7 +337,7 @@ def main(args):
     else:
         kind, names = "k-means cluster", [f"cluster {i + 1}" for i in range(12)]
         group, group_z_q = cluster, z_q[medoid]
-    if vq_sizes and codes.shape[1]:
+    if vq_sizes:
         metrics |= code_metrics(codes.cpu().numpy(), vq_sizes[0], vq_sizes[2])
     metrics |= fdm_mse(fdm, windows, latents)
 

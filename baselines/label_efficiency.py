@@ -253,7 +253,7 @@ def main(args):
             shown[CURVES[name]] = args.labels, np.broadcast_to(arrays[name], shape)
         lines = {"expert": arrays["expert_return"], "random policy": arrays["random_return"]}
         if "blind_return" in arrays:
-            lines["actions drawn without looking"] = float(arrays["blind_return"])
+            lines["blind policy"] = float(arrays["blind_return"])
         title = f"{game}, few labels: mean and std over seeds"
         decode_offline.plot(run / "decode_offline.png", title, "labelled frames", shown, lines)
         for name, values in result.items():

@@ -138,8 +138,8 @@ def map_accuracy(z, actions, test_z, test_actions, latents):
 def evaluate(policy, generator, test_windows, probe_windows, probe_actions, latents, batch_size=64):
     """Metrics of held-out windows uint8 (N, k + 2, S, S, 3), as a dict.
 
-    The map to probe_actions [N] (or None) is fitted on three quarters of the probe_windows, and
-    tested on the last quarter, which comes from other streams.
+    The map to probe_actions [N] (or None) is fitted on the first three quarters of probe_windows,
+    and tested on the last, in the order of the files.
     """
     policy.eval(), generator.eval()
     metrics, nearest, pi = dict(test_mse=0.0, test_mean_mse=0.0, copy_mse=0.0), [], []

@@ -283,13 +283,13 @@ def draw_training(axes, results, column):
 
 
 def print_tables(results):
-    print("\nprobe: true action from z on random play; return ± std over seeds [normalized] @ x")
+    print("\nprobe: true action from z on random play; return +- std over seeds [normalized] @ x")
     table = [["", "scale", "probe", *(SERIES[name].label for name in results.curves)]]
     for game, scale in results.scales.items():
         table.append([game, scale, SHOW_PROBES.format(*probes(results, LATENTS[0], game))])
         for name, curve in results.curves.items():
             x, y, std = results.point(name, [game]) if game in curve else (0, None, None)
-            table[-1] += [f"{y[0]:.2f} ± {std[0]:.2f} [{y[1]:.2f}] @{x:,.0f}" if x else "-"]
+            table[-1] += [f"{y[0]:.2f} +- {std[0]:.2f} [{y[1]:.2f}] @{x:,.0f}" if x else "-"]
     for row in zip(*table):  # a column for each game
         print("".join(cell.ljust(42) for cell in row))
     print("\nclaim | the paper, 16 games | ours, games that have all of a row, normalized | agrees")
@@ -306,7 +306,7 @@ def print_tables(results):
             curves = [results.paper[name]["aggregate"] for name in there if name in results.paper]
             paper = [f"{np.interp(256 if x[0] < 256 else 4e6, x, y):.2f}" for x, y in curves]
             points = [results.point(name, games) for name in there]
-            ours = [f"{mean[1]:.2f} ± {std[1]:.2f} @{x:,.0f}" for x, mean, std in points]
+            ours = [f"{mean[1]:.2f} +- {std[1]:.2f} @{x:,.0f}" for x, mean, std in points]
             y = [mean[1] for _, mean, _ in points]
             agrees = "yes" if y[0] >= least and y == sorted(y)[::-1] else "no"
             if len(there) < len(names):

@@ -101,11 +101,11 @@ def test_figures_and_tables(tmp_path, capsys):
     names = ("3", "3_games", "4", "5", "a5")  # no run without VQ, so no figure_a2.png
     assert written == {f"figure_{name}.png" for name in names}
     assert "32x32, 10 levels, plain pictures" in output
-    assert re.search(r"LAPO: RL and SL +12.00 ± 1.41 \[1.10\] @300", output)
-    assert re.search(r"LAPO, decoded offline +5.00 ± nan \[0.40\] @256", output)
+    assert re.search(r"LAPO: RL and SL +12.00 \+- 1.41 \[1.10\] @300", output)
+    assert re.search(r"LAPO, decoded offline +5.00 \+- nan \[0.40\] @256", output)
     assert "0.90 (untrained IDM 0.40, majority 0.20)" in output
-    assert "RL+SL > RL > RL no VQ > scratch | 0.99, 0.44 | 1.10 ± 0.14 @300, 0.30 ± nan" in output
-    assert "scratch >= ILPO | 0.44, 0.27 | 0.30 ± nan @300, 0.70 ± nan @300 | 1 | no" in output
+    assert "RL+SL > RL > RL no VQ > scratch | 0.99, 0.44 | 1.10 +- 0.14 @300, 0.30 +- nan" in output
+    assert "scratch >= ILPO | 0.44, 0.27 | 0.30 +- nan @300, 0.70 +- nan @300 | 1 | no" in output
     assert "miner: missing lapo/decode_online_rl.npz" in output
 
 

@@ -92,7 +92,7 @@ def test_whole_script_with_labels(root, capsys, monkeypatch, record_calls):
     trained_on = {tuple(z) for x in shards for z in x["z"][x["valid"]].tolist()}
     assert {tuple(z) for z in probes[2][0].astype(np.float16).tolist()} <= trained_on
     text = " ".join(capsys.readouterr().out.split())
-    for line in ("without looking 1.5", "16 labels 3", "4,096 steps online 7.5"):
+    for line in ("blind policy 1.5", "16 labels 3", "4,096 steps online 7.5"):
         assert line in text
     m, settings = load_results(run_dir)
     assert m["xy"].shape == (len(m["action"]), 2) and np.isfinite(m["xy"]).all()
