@@ -2,7 +2,8 @@
 
 For each number of labels N and each seed, a decoder regresses the true action from the IDM's z_t
 on N labelled frames, and plays in the suite on top of the frozen latent policy: action =
-decoder(policy(o_t)). Beside it play, as controls:
+decoder(policy(o_t)). With --decode-from policy, it is fitted on what it plays on, the policy's last
+hidden layer, in place of z_t. Beside it play, as controls:
 
 bc       a policy that clones the N labelled frames alone: what the video adds is the difference
 bc_all   a policy that clones all frames with their true labels: the ceiling
@@ -33,6 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from train_latent_bc import LatentPolicy
+from train_latent_dynamics import in_batches
 
 from continuous_control.collect_dmc import ControlEnvs, pick_renderer
 
@@ -57,6 +59,9 @@ class Args(common.RunArgs):
     """What to fit and play."""
     labels: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     """Numbers of labelled frames, N (Figure 4)."""
+    decode_from: Literal["idm", "policy"] = "idm"
+    """Fit decoders on the IDM's z_t (the paper), or on the last hidden layer of the latent policy,
+    of which its latent is a linear map; LAOM (arXiv 2502.00379) decodes LAPO here from both."""
     decoder_seeds: int = 5
     """Decoders for each N, each with frames of its own (the paper: 3 seeds)."""
     decoder_steps: int = 1000
@@ -90,6 +95,18 @@ class RegressionDecoder(nn.Module):
         return self.layers((z - self.mean) / self.std)
 
 
+class HiddenLayer(nn.Module):
+    """The last hidden layer of a LatentPolicy."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, obs):
+        """uint8 (B, S, S, 3) -> (B, 256)"""
+        return F.relu(self.policy.hidden(self.policy.features(obs)))
+
+
 class MeanAction(nn.Module):
     """The control that does not look: one action (A,) for all observations."""
 
@@ -102,7 +119,7 @@ class MeanAction(nn.Module):
 
 
 def fit(network, inputs_at, rows, actions, steps, batch_size, lr, generator):
-    """Regresses actions float32 (N, A) from inputs_at(rows), with rows int64 (N,) of a FrameStore:
+    """Regresses actions float32 (N, A) from inputs_at(rows), with rows int64 (N,): of a FrameStore,
     its z_at() for a decoder, frames_at() for a policy.
     """
     optimizer = torch.optim.Adam(network.parameters(), lr)
@@ -136,7 +153,7 @@ def read_labels(store, name="action"):
 @torch.no_grad()
 def r2(network, inputs, actions):
     """R^2 of a network's actions, mean over their dimensions, on held-out inputs (N, ...)."""
-    guesses = torch.cat([network(part).cpu() for part in inputs.split(512)]).clamp(-1, 1)
+    guesses = in_batches(network, inputs).cpu().clamp(-1, 1)
     residual = (guesses - actions).square().mean(0) / actions.var(0, correction=0)
     return 1 - residual.mean().item()
 
@@ -171,9 +188,10 @@ def main(args):
     arrays = dict(labels=np.array(args.labels))
     control = args.untrained_dir / args.game / results.name
     if control.exists() and control != results:
-        untrained = common.load_npz(control, ("labels", "returns"))
-        if untrained["labels"].tolist() != list(args.labels):
-            common.fail(f"--labels is {args.labels}, but {control} has {untrained['labels']}")
+        untrained = common.load_npz(control, ["returns"])
+        for flag, ours in dict(labels=list(args.labels), decode_from=args.decode_from).items():
+            if (found := untrained["settings"].get(flag, "idm")) != ours:
+                common.fail(f"{flag} is {ours}, but {control} has {found}")
         arrays["returns_untrained"] = untrained["returns"]
 
     # --- data: all frames in memory with their true actions, and held-out ones to judge on
@@ -181,9 +199,16 @@ def main(args):
     if len(store.rows) < (most := max(args.labels)):
         common.fail(f"{store.folder} has {len(store.rows)} labelled rows, fewer than {most}")
     actions, test = read_labels(store), common.FrameStore(args, "test", k, device, stamp)
-    rows = test.rows[torch.randperm(len(test.rows))[:4096]]
-    test_obs, test_z, test_actions = test.frames_at(rows), test.z_at(rows), read_labels(test)[rows]
-    z, num_actions = store.z_at(store.rows[:: max(1, len(store.rows) // 65_536)]), actions.shape[1]
+    test_rows = test.rows[torch.randperm(len(test.rows))[:4096]]
+    test_obs, test_actions = test.frames_at(test_rows), read_labels(test)[test_rows]
+    from_idm, num_actions = args.decode_from == "idm", actions.shape[1]
+    encoder = policy if from_idm else HiddenLayer(policy)
+
+    def inputs_at(frames, rows):
+        """What decoders are fitted on at rows (n,) of a FrameStore: (n, Z), or (n, 256)."""
+        return frames.z_at(rows) if from_idm else in_batches(encoder, frames.frames_at(rows))
+
+    some = inputs_at(store, store.rows[:: max(1, len(store.rows) // 4096)])
 
     # --- fit and play: of each method a network for each number of labels and each seed
     on_labels = args.decoder_steps, args.batch_size, args.decoder_lr
@@ -192,19 +217,20 @@ def main(args):
         updates = (args.clone_steps, args.batch_size, args.clone_lr)
         updates = updates if method == "bc_all" else on_labels
         shape = len(counts), args.decoder_seeds
-        returns, from_z, from_frames = np.zeros((3, *shape))
+        returns, fitted, from_frames = np.zeros((3, *shape))
         bar = common.progress_bar(returns.size, "policy", method)
         for i, seed in np.ndindex(shape):  # more labels contain the fewer ones of the same seed
             generator = torch.Generator().manual_seed(common.derive_seed(args.seed, seed))
             torch.manual_seed(common.derive_seed(args.seed, f"weights {seed}"))
             rows = store.rows[torch.randperm(len(store.rows), generator=generator)[: counts[i]]]
             if method == "lapo":
-                decoder = RegressionDecoder(z.shape[1], num_actions).to(device)
-                decoder.mean.copy_(z.mean(0))  # latents need no labels: statistics of all rows
-                decoder.std.copy_(z.std(0) + 1e-6)
-                fit(decoder, store.z_at, rows, actions[rows], *updates, generator)
-                from_z[i, seed] = r2(decoder, test_z, test_actions)
-                network = nn.Sequential(policy, decoder)
+                decoder = RegressionDecoder(some.shape[1], num_actions).to(device)
+                decoder.mean.copy_(some.mean(0))  # inputs need no labels: of rows of all shards
+                decoder.std.copy_(some.std(0) + 1e-6)
+                x, order = inputs_at(store, rows), torch.arange(len(rows))
+                fit(decoder, x.__getitem__, order, actions[rows], *updates, generator)
+                fitted[i, seed] = r2(decoder, inputs_at(test, test_rows), test_actions)
+                network = nn.Sequential(encoder, decoder)
             else:
                 network = LatentPolicy(size, multiplier, num_actions)
                 network.to(device, memory_format=torch.channels_last)
@@ -215,7 +241,7 @@ def main(args):
         bar.close()
         ending = "" if method == "lapo" else f"_{method}"
         arrays |= {f"returns{ending}": returns, f"policy_r2{ending}": from_frames}
-        arrays |= dict(r2=from_z) if method == "lapo" else {}
+        arrays |= dict(r2=fitted) if method == "lapo" else {}
     mean_action = MeanAction(actions[store.rows].mean(0))
     arrays["mean_return"] = play(mean_action, settings | dict(frame_size=0), args, device)
 

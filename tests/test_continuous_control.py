@@ -238,8 +238,28 @@ def test_decoding_plays_and_saves_every_method(root, tmp_path):
     assert np.array_equal(one["returns"], two["returns"])  # the same seed
     assert np.array_equal(one["returns"], two["returns_untrained"])
     assert "but" in fails(decode_dmc.main, decode_dmc.Args(**flags | dict(labels=(8, 16))))
+    assert "but" in fails(decode_dmc.main, decode_dmc.Args(**flags | dict(decode_from="policy")))
     few = flags | dict(labels=(4, 999), untrained_dir=root / "none")
     assert "fewer than 999" in fails(decode_dmc.main, decode_dmc.Args(**few))
+
+
+def test_decoding_from_the_policy_fits_its_last_hidden_layer(root, monkeypatch):
+    flags = dict(game=GAME, device="cpu", data_dir=root / "data", runs_dir=root / "runs")
+    flags |= dict(labels=(8,), decoder_seeds=1, methods=("lapo",), decode_from="policy")
+    played, seen = [], []
+    monkeypatch.setattr(decode_dmc, "play", lambda network, *_: played.append(network) or 0.0)
+    plain_fit = decode_dmc.fit
+    record = lambda decoder, *rest: seen.append(rest) or plain_fit(decoder, *rest)  # noqa: E731
+    monkeypatch.setattr(decode_dmc, "fit", record)
+    decode_dmc.main(decode_dmc.Args(**flags | dict(untrained_dir=root / "none", decoder_steps=2)))
+    encoder, decoder = played[0]
+    obs = torch.from_numpy(read(root, "test")[0]["obs"][:5])
+    hidden = encoder(obs)
+    assert hidden.shape == (5, 256) and seen[0][0](torch.arange(8)).shape == (8, 256)
+    policy = encoder.policy  # its latent is a linear map of this layer
+    latent = policy.mean + policy.std * policy.head(hidden)
+    torch.testing.assert_close(latent, policy(obs))
+    torch.testing.assert_close(played[0](obs), decoder(hidden))
 
 
 def test_pictures_and_metrics(root):
