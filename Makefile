@@ -46,7 +46,7 @@ demo: .venv/installed
 	$(MAKE) -j2 demo-online demo-pictures
 	@echo "Another control: cloning the labelled frames alone. Then the table."
 	$(PY) -m baselines.label_efficiency $(call DEMO,runs) $(DEMO_3) --methods bc --untrained-dir demo/untrained --labelled-steps 300 --clone-lr 1e-3
-	@tail -n 12 demo/pictures.log
+	@grep -E '^(random_|fdm_mse)' demo/pictures.log
 demo-lapo:
 	$(PY) train_latent_dynamics.py $(call DEMO,runs) $(DEMO_1) --grad-steps 1250 --eval-every 250
 	$(PY) train_latent_bc.py $(call DEMO,runs) $(DEMO_2)
@@ -78,7 +78,6 @@ paper: .venv/installed
 	$(PY) train_latent_dynamics.py $(call RUN,untrained) --grad-steps 0
 	$(PY) train_latent_bc.py $(call RUN,untrained) --resume
 	$(PY) decode_offline.py $(call RUN,untrained)
-	$(PY) visualize_latents.py $(call RUN,untrained) --supervised-steps 0
 	$(PY) -m baselines.train_ilpo $(call RUN,ilpo) --resume
 	$(PY) decode_online_ppo.py $(call RUN,ilpo) --method rl --resume
 	$(PY) collect_data.py $(call RUN,scratch) --train-frames 0 --expert-steps 4_000_000 --expert-multiplier 4 --experts-dir runs/scratch/seed_$(SEED) --resume

@@ -103,6 +103,15 @@ class RunArgs:
     """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
 
 
+def print_next(command, args):
+    """Prints the next command, with this run's folders unless they are the defaults."""
+    for flag in ("data_dir", "runs_dir"):
+        default = getattr(RunArgs, flag)
+        if (value := getattr(args, flag, default)) != default:
+            command += f" --{flag.replace('_', '-')} {value}"
+    print(f"next: python {command}")
+
+
 def fail(message):
     """Ends the run with one line on stderr and exit status 1."""
     for bar in list(tqdm._instances):  # otherwise the line is glued to a progress bar
@@ -508,21 +517,24 @@ def save_state(path, args, step, parts, **values):
         states[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
     flags = {flag: str(value) for flag, value in vars(args).items()}
     content = dict(flags=flags, step=step, parts=states, values=values, rng=torch.get_rng_state())
-    save_checkpoint(path, kind="state", game=args.game, **content)
+    save_checkpoint(path, kind="run state", game=args.game, **content)
 
 
-def load_state(path, args, parts):
+def load_state(path, args, parts, made_from=None):
     """With --resume, restores parts ({name: object with state_dict(), or torch.Generator}). Returns
-    the step and the values that were saved; 0 and {} without --resume or a saved state.
+    the step and the values that were saved; 0 and {} without --resume or a saved state. made_from:
+    fingerprint of what the stage before made, if save_state() was given it.
     """
     if not args.resume or not Path(path).exists():
         return 0, {}
-    state = load_checkpoint(path, "state", args.game)
+    state = load_checkpoint(path, "run state", args.game)
     for flag, value in vars(args).items():
         was, free = state["flags"].get(flag), ("resume", "device", "compile", "overwrite")
         if str(value) != was and flag not in free and not flag.endswith("_dir"):
             flag = flag.replace("_", "-")
             fail(f"--{flag} is {value}, but the run in {path} has {was}; resume it with its flags")
+    if state["values"].get("made_from", made_from) != made_from:
+        fail(f"{path} is of a run on another result of the stage before; leave out --resume")
     for name, part in parts.items():
         restore = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
         restore(state["parts"][name])

@@ -181,6 +181,13 @@ def main(args):
     policy.to(device, memory_format=torch.channels_last).eval()
     stamp = checkpoint["dynamics"]
     random_return, expert_return = settings["random_return"], settings["expert_return"]
+    results, kept = run / "decode_offline.npz", {}
+    saved = settings | asdict(args) | dict(labels=[*args.labels], dynamics=stamp)
+    if results.exists():  # what baselines/label_efficiency.py added to results of this run stays
+        old = common.load_npz(results)
+        was = old.pop("settings")
+        if all(was.get(name) == saved[name] for name in ("labels", "seed", "dynamics")):
+            kept, saved = old, was | saved
 
     # --- data: labelled rows, and held-out frames o_t, z_t and true actions
     z, actions = load_labelled(data / "train", run / "train", stamp)
@@ -191,7 +198,7 @@ def main(args):
     rows = test.draw(4096)
     test_z, test_actions = test.z_at(rows), common.true_actions_to_report_on(test, rows)
     if test_actions is None:
-        common.fail(f"{data / 'test'} has frames without labels; collect_data.py writes both")
+        common.fail(f"{test.folder} lacks labels_NNN.npz, on which decoders are judged")
     with torch.no_grad():
         predicted_z = torch.cat([policy(obs) for obs in test.frames_at(rows).split(512)])
 
@@ -238,9 +245,11 @@ def main(args):
 
     # --- save first, then print
     common.save_npz(
-        run / "decode_offline.npz", settings | asdict(args), labels=np.array(args.labels),
-        returns=returns, accuracy=accuracy, policy_accuracy=policy_accuracy,
-        blind_return=blind_return, random_return=random_return, expert_return=expert_return,
+        results, saved, **kept | dict(
+            labels=np.array(args.labels), returns=returns, accuracy=accuracy,
+            policy_accuracy=policy_accuracy, blind_return=blind_return,
+            random_return=random_return, expert_return=expert_return,
+        ),
     )  # fmt: skip
     references = {"expert": expert_return, "random policy": random_return}
     references["blind policy"] = blind_return
@@ -256,8 +265,8 @@ def main(args):
             f"{policy_accuracy[i].mean():18.3f}"
         )
     print(", ".join(f"{name} {value:.2f}" for name, value in references.items()))
-    print(f"results: {run / 'decode_offline.npz'} and .png")
-    print(f"next: python decode_online_ppo.py --game {args.game}")
+    print(f"results: {results} and .png")
+    common.print_next(f"decode_online_ppo.py --game {args.game}", args)
 
 
 if __name__ == "__main__":

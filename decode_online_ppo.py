@@ -374,7 +374,8 @@ def main(args):
     parts = dict(policy=policy, optimizer=optimizer, decoder=decoder, envs=envs)
     parts |= dict(generator=generator, normalize_rewards=normalize_rewards)
     curve, decoder_accuracy = dict(env_steps=[], returns=[], episodes=[]), float("nan")
-    start, saved = common.load_state(f"{output}_state.pt", args, parts)
+    stamp = common.fingerprint(latent_policy)
+    start, saved = common.load_state(f"{output}_state.pt", args, parts, stamp)
     if saved:
         curve, decoder_accuracy = saved["curve"], saved["decoder_accuracy"]
         names = ("frames", "firsts", "z_seen", "actions_seen")
@@ -430,7 +431,7 @@ def main(args):
             common.save_npz(f"{output}.npz", settings | asdict(args) | dict(resume=False), **curve)
             plot_all_methods(run, args.game, f"{output}.png", settings)
             common.save_state(
-                f"{output}_state.pt", args, env_step, parts, curve=curve,
+                f"{output}_state.pt", args, env_step, parts, made_from=stamp, curve=curve,
                 decoder_accuracy=decoder_accuracy, frames=frames[-k - 1 :].clone(),
                 firsts=firsts[-k - 1 :].clone(), z_seen=z_seen, actions_seen=actions_seen,
             )  # fmt: skip
@@ -443,7 +444,7 @@ def main(args):
             )  # fmt: skip
     log.bar.close()
     print(f"{args.method}: mean return {curve['returns'][-1]:.2f}; {output}.npz, .pt, .png, .csv")
-    print(f"next: python visualize_latents.py --game {args.game}")
+    common.print_next(f"visualize_latents.py --game {args.game}", args)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,9 @@ def read_recording(path, args):
     """obs, first and labels of a recording of the official code: done ends an episode."""
     keys = ("obs", "ta", "done", "rewards")
     obs, action, done, reward = map(common.load_npz(path, keys).get, keys)
-    if obs.ndim != 4 or obs.shape[-1] != 3 or {*map(len, (action, done, reward))} != {len(obs)}:
-        common.fail(f"{path} has obs {obs.shape}, not (N, S, S, 3), or labels of other lengths")
+    found = f"{obs.dtype} {obs.shape}"
+    if found != f"uint8 {(*obs.shape[:3], 3)}" or {*map(len, (action, done, reward))} != {len(obs)}:
+        common.fail(f"{path} has obs {found}, not uint8 (N, S, S, 3), or labels of other lengths")
     obs = np.stack([resize(picture, args.frame_size) for picture in obs])
     first = np.concatenate([[True], done[:-1].astype(bool)])
     return obs, first, dict(action=action.astype(np.uint8), reward=reward.astype(np.float32))
@@ -107,7 +108,8 @@ def main(args):
     num_frames = len(arrays["obs"])
     num_test = int(num_frames * args.test_fraction)
     if min(num_test, num_frames - num_test) < 3:
-        common.fail(f"{num_frames} frames are too few: a window has 3, in each of the two splits")
+        counts = f"{num_frames - num_test} and {num_test} frames"
+        common.fail(f"--test-fraction {args.test_fraction} gives splits of {counts}, fewer than 3")
 
     settings, start = dict(game=args.name, frame_size=args.frame_size), 0
     for split, count in dict(train=num_frames - num_test, test=num_test).items():
@@ -122,7 +124,7 @@ def main(args):
                     common.save_npz(folder / f"labels_{shard:03d}.npz", settings, **labels)
         start += count
         print(f"{split}: {count:,} frames in {folders[split]}")
-    print(f"next: python train_latent_dynamics.py --game {args.name}")
+    common.print_next(f"train_latent_dynamics.py --game {args.name}", args)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,8 @@ class World:
             module.to(device).eval()
 
         store = common.FrameStore(args, "test", self.k, device, saved["fingerprint"])
+        if store.frame_size != self.size:
+            common.fail(f"stage 1 was trained on frames of {self.size}, not {store.frame_size}")
         rows = store.draw(4096).sort()[0].unique()
         self.windows, z_q = store.windows_at(rows), quantizer(store.z_at(rows))[0]
         middle, cluster = medoids(z_q.cpu().numpy(), min(9, len(z_q)), args.seed)
@@ -231,7 +233,7 @@ def main(args):
         server = make_server(world, args.port)
     except (OSError, OverflowError) as error:
         common.fail(f"--port {args.port} is not usable ({error})")
-    print(f"play {args.game}: http://127.0.0.1:{server.server_port} (Ctrl-C ends it)")
+    print(f"play {args.game}: http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -136,6 +136,8 @@ def main(args):
     context, stamp = dynamics["context"], dynamics["fingerprint"]
     store = common.FrameStore(args, "train", context, device, stamp, args.pool_frames)
     test = common.FrameStore(args, "test", context, device, stamp)
+    if store.frame_size != (was := dynamics["frame_size"]):
+        common.fail(f"stage 1 saw frames of {was} pixels, {store.folder} has {store.frame_size}")
     rows = test.draw(4096)
     test_obs, test_z = test.frames_at(rows), test.z_at(rows)
 
@@ -161,7 +163,7 @@ def main(args):
     # --- training
     output, state = run / "latent_policy.pt", run / "train_latent_bc_state.pt"
     parts = dict(policy=policy, optimizer=optimizer, schedule=schedule, sampler=store.generator)
-    start, _ = common.load_state(state, args, parts)
+    start, _ = common.load_state(state, args, parts, stamp)
     log = common.MetricsLog(run / "train_latent_bc.csv", args.grad_steps, "step", start)
     for grad_step in range(start + 1, args.grad_steps + 1):
         rows = store.draw(args.batch_size)
@@ -180,9 +182,12 @@ def main(args):
                 settings=store.settings, frame_size=size, context=context, z_dim=z_dim,
                 multiplier=args.multiplier, dynamics=stamp, policy=policy.state_dict(),
             )  # fmt: skip
-            common.save_state(state, args, grad_step, parts)
+            common.save_state(state, args, grad_step, parts, made_from=stamp)
     log.bar.close()
-    print(f"latent policy: {output}\nnext: python decode_offline.py --game {args.game}")
+    common.load_checkpoint(output, "latent_policy", args.game)  # ends a run that has not written it
+    print(f"latent policy: {output}")
+    script = "decode_offline" if args.game in common.GAMES else "visualize_latents"
+    common.print_next(f"{script}.py --game {args.game}", args)
 
 
 if __name__ == "__main__":

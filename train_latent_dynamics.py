@@ -398,10 +398,14 @@ def main(args):
         schedule.step()
         log.bar.update()
     log.bar.close()
+    common.load_checkpoint(
+        output, "latent_dynamics", args.game
+    )  # a finished run has not written it
 
     for split in ("train", "test"):
         write_latents(idm, quantizer, data / split, run / split, args.game, k, device)
-    print(f"latents and checkpoint: {run}\nnext: python train_latent_bc.py --game {args.game}")
+    print(f"latents and checkpoint: {run}")
+    common.print_next(f"train_latent_bc.py --game {args.game}", args)
 
 
 if __name__ == "__main__":

@@ -248,7 +248,8 @@ def print_results(run, game, metrics):
         print(f"{name:36}{value:10.4g}")
     for path in run.glob("decode_offline.npz"):
         offline = common.load_npz(path)
-        print(line.format("return of the blind policy", float(offline["blind_return"]), ""))
+        if "blind_return" in offline:  # not if only baselines/label_efficiency.py was run
+            print(line.format("return of the blind policy", float(offline["blind_return"]), ""))
         labels = offline["labels"]
         for name in (name for name in offline if name.startswith("returns")):
             values = np.broadcast_to(offline[name], (len(labels), offline[name].shape[-1]))
@@ -298,6 +299,8 @@ def main(args):
         z = (store.z_at(rows) if latents else in_batches(idm, windows)).cpu().numpy()
         splits[split] = windows, z, common.true_actions_to_report_on(store, rows)
     windows, z, group = splits["test"]
+    if group is not None and group.dtype.kind == "f":
+        common.fail("actions are continuous: python -m continuous_control.visualize_dmc")
     labelled, n = splits["train"][2] is not None and group is not None, len(z)
     if n < 50:
         common.fail(f"{data / 'test'} and --points give {n} windows, at least 50 are needed")
@@ -359,7 +362,8 @@ def main(args):
     texts = []
     for i in range(len(medoid)):
         x = np.bincount(group[cluster == i]) / n
-        texts.append(f"{i + 1}: {x.sum():.0%} of z\n{x.max() / x.sum():.0%} {names[x.argmax()]}")
+        texts.append(f"{i + 1}: {x.sum():.0%} of z")
+        texts[i] += f"\n{x.max() / x.sum():.0%} {names[x.argmax()]}" if labelled else ""
     film = rollout(fdm, windows[[medoid[0]] * len(medoid), :-1], z_q[medoid], 15).cpu().numpy()
     plot_film(run, film, texts, f"{args.game}: open-loop rollouts of the FDM, each with one latent")
     print_results(run, args.game, metrics)

@@ -158,6 +158,8 @@ def play(policies, settings, args, device):
 def main(args):
     device = common.pick_device(args.device)
     common.check_game(args.game)
+    if min(args.labels) < 1:
+        common.fail(f"--labels {min(args.labels)}: a decoder needs at least one")
     data, run, game = args.data_dir / args.game, args.runs_dir / args.game, args.game
     checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", game)
     size, multiplier, k = (checkpoint[name] for name in ("frame_size", "multiplier", "context"))
@@ -167,10 +169,12 @@ def main(args):
     # --- results so far: LAPO's, and of methods that were run before
     results = run / "decode_offline.npz"
     arrays = {name: settings[name] for name in ("random_return", "expert_return")}
-    arrays["labels"], saved = np.array(args.labels), settings | asdict(args)
+    arrays["labels"], saved = np.array(args.labels), settings | asdict(args) | {"dynamics": stamp}
     if results.exists():
         arrays = common.load_npz(results)
         saved = arrays.pop("settings")
+        if saved.get("dynamics", stamp) != stamp:
+            common.fail(f"{results} is of another run of stage 1; repeat decode_offline.py")
         found = dict(labels=tuple(arrays["labels"].tolist()), seed=saved["seed"])
         for flag, value in found.items():
             if value != getattr(args, flag):
@@ -203,6 +207,8 @@ def main(args):
     test_rows = test.draw(4096)
     test_windows, test_z = test.windows_at(test_rows), test.z_at(test_rows)
     judged_on = common.true_actions_to_report_on(test, test_rows), game
+    if judged_on[0] is None:
+        common.fail(f"{test.folder} lacks labels_NNN.npz, on which methods are judged")
 
     # --- train and judge; of the networks 0, 1, .. of a method, network d has seed d % seeds
     num_labels = [count for count in args.labels for _ in range(seeds)]

@@ -175,6 +175,8 @@ def main(args):
     data, run = args.data_dir / args.game, args.runs_dir / args.game
     if args.latents < 2:
         common.fail(f"--latents {args.latents} leaves no choice of a latent; 2 or more do")
+    if (run / "latent_dynamics.pt").exists():
+        common.fail(f"{run} has LAPO's latent_policy.pt, which this would replace; see --runs-dir")
 
     # --- data: as in stage 1, latents are compared with actions on random play, if there is any
     k, probe_split = args.context, "random" if (data / "random").exists() else "test"
@@ -235,10 +237,9 @@ def main(args):
             )  # fmt: skip
             common.save_state(state, args, grad_step, parts)
     log.bar.close()
-    print(
-        f"latent policy and generator: {run}\nnext: python decode_online_ppo.py --game {args.game} "
-        f"--method rl --runs-dir {args.runs_dir}"
-    )
+    common.load_checkpoint(output, "latent_policy", args.game)  # ends a run that has not written it
+    print(f"latent policy and generator: {run}")
+    common.print_next(f"decode_online_ppo.py --game {args.game} --method rl", args)
 
 
 if __name__ == "__main__":

@@ -368,7 +368,7 @@ def main(args):
         torch.manual_seed(common.derive_seed(args.seed, split))
         player, count = act_at_random if split == "random" else act, counts[split]
         record(settings | dict(split=split), player, count, args.seed, folder, args.overwrite)
-    print(f"next: python train_latent_dynamics.py --game {args.game}")
+    common.print_next(f"train_latent_dynamics.py --game {args.game}", args)
 
 
 if __name__ == "__main__":

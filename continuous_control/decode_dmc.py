@@ -175,6 +175,8 @@ def play(network, settings, args, device):
 
 def main(args):
     device = common.pick_device(args.device)
+    if min(args.labels) < 1:
+        common.fail(f"--labels {min(args.labels)}: a decoder needs at least one")
     pick_renderer()
     torch.manual_seed(args.seed)
     run = args.runs_dir / args.game
@@ -186,6 +188,11 @@ def main(args):
     policy.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     results = run / "decode_dmc.npz"
     arrays = dict(labels=np.array(args.labels))
+    saved = settings | asdict(args) | dict(labels=[*args.labels], dynamics=stamp)
+    if results.exists():  # methods of an earlier run stay, if they are comparable
+        old = common.load_npz(results)
+        was, same = old.pop("settings"), ("labels", "seed", "dynamics", "decode_from")
+        arrays = old if all(was.get(name) == saved[name] for name in same) else arrays
     control = args.untrained_dir / args.game / results.name
     if control.exists() and control != results:
         untrained = common.load_npz(control, ["returns"])
@@ -246,7 +253,7 @@ def main(args):
     arrays["mean_return"] = play(mean_action, settings | dict(frame_size=0), args, device)
 
     # --- save first, then draw and print
-    common.save_npz(results, settings | asdict(args), **arrays)
+    common.save_npz(results, saved, **arrays)
     shown = {}
     for name in (name for name in CURVES if name in arrays):
         shape = len(args.labels), arrays[name].shape[1]

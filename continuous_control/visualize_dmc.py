@@ -88,7 +88,7 @@ def pushed(z, quantizer, scale=2.0):
     for i, (direction, variance) in enumerate(zip(pca.components_, pca.explained_variance_)):
         for sign, mark in ((-1, "−"), (1, "+")):
             latents.append(pca.mean_ + sign * scale * variance**0.5 * direction)
-            names.append(f"direction {i + 1}: {mark}{scale:g} std")
+            names.append(f"direction {i + 1}\n{mark}{scale:g} std")
     return quantizer(torch.from_numpy(np.float32(latents)))[0], names
 
 
@@ -114,7 +114,7 @@ def main(args):
     splits = {}
     for split in ("random", "test", "train"):
         store = common.FrameStore(args, split, k, device)
-        rows = store.draw(args.points).sort()[0]
+        rows = store.draw(args.points).unique()
         actions = common.true_actions_to_report_on(store, rows)
         if actions is None:
             common.fail(f"{store.folder} has no labels, and these metrics need true actions")

@@ -5,7 +5,7 @@ reads   results/paper/*.csv, and <runs-dir>/<variant>/seed_<n>/<game>/, where th
           no_vq      decode_online_rl.npz, latents.npz: stage 1 without vector quantization
           ilpo       decode_online_rl.npz, train_ilpo.csv: the paper's baseline
           scratch    expert.csv: PPO from scratch
-          untrained  decode_offline.npz, latents.npz: the same chain on an untrained IDM
+          untrained  decode_offline.npz: the same chain on an untrained IDM
 writes  <output-dir>/figure_{3,3_games,4,5,a2,a5}.png; a figure without a run is not written
 
 Normalized returns are 0 for the random policy and 1 for the expert: the paper's two at its scale
@@ -48,7 +48,7 @@ class Args:
 
 
 COLUMNS = {  # arrays of a .npz or columns of a .csv that must be there; x and y of curves
-    "decode_offline.npz": ("labels", "returns"),
+    "decode_offline.npz": ("labels",),  # label_efficiency.py can be run without decode_offline.py
     "decode_online_rl_sl.npz": ("env_steps", "returns"),
     "decode_online_rl.npz": ("env_steps", "returns"),
     "latents.npz": ("xy", "action", "probe"),  # probe: action holds true actions
@@ -82,7 +82,7 @@ OFFLINE = dict(
 )
 CONTROLS = ("untrained", "bc", "blind")  # what decoding with as many labels has to beat
 SERIES = ONLINE | OFFLINE
-LATENTS = [f"{variant}/latents.npz" for variant in ("lapo", "no_vq", "untrained")]
+LATENTS = [f"{variant}/latents.npz" for variant in ("lapo", "no_vq")]
 ILPO = ["ilpo/decode_online_rl.npz", "ilpo/train_ilpo.csv"]
 FILES = [*dict.fromkeys([*(s.file for s in SERIES.values()), *LATENTS, *ILPO])]
 
@@ -243,7 +243,7 @@ def draw_curves(axes, results, names, game=None):
     ends = [run["ends"] for key, run in results.runs.items() if key[1] == game] or [(0, 1)]
     axes.axhline(np.mean(ends, 0)[0], color="gray", linestyle=":", label="random policy")
     axes.axhline(np.mean(ends, 0)[1], color="black", linewidth=1, label="expert")
-    axes.set(title=f"{game} ({results.scales[game]})" if game else "mean over games")
+    axes.set(title=f"{game} ({results.scales[game]})" if game else "means, each over its own games")
     axes.set_ylabel("mean episodic return" if game else "normalized return")
     axes.set_xlabel("labelled frames" if "offline" in names else "environment steps")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
@@ -324,7 +324,7 @@ def main(args):
         common.fail(f"no run in {args.runs_dir}/<variant>/seed_<n>/<game>, so nothing is written")
     results, out = Results(runs), args.output_dir or args.runs_dir / "figures"
     online, offline = (results.games(*[s.file for s in of.values()]) for of in (ONLINE, OFFLINE))
-    lapo, no_vq, ilpo = (results.games(file) for file in (*LATENTS[:2], ILPO[0]))
+    lapo, no_vq, ilpo = (results.games(file) for file in (*LATENTS, ILPO[0]))
     compared = ("lapo_rl_sl", "ppo_scratch", "ppo_from_ilpo")
     figure_4 = [(draw_curves, OFFLINE, game) for game in [None, *offline]]
     a5 = [(draw_curves, compared, game) for game in [None, *ilpo]]

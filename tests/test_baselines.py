@@ -104,8 +104,11 @@ def test_map_accuracy_by_hand():
 def test_ilpo_needs_no_labels_and_its_policy_is_decoded_online(work):
     for path in (work / "data").rglob("labels_*.npz"):
         path.unlink()
-    run(ilpo, work, game=GAME, context=2, grad_steps=2)
     run_dir = work / "runs" / GAME
+    common.save_checkpoint(run_dir / "latent_dynamics.pt")
+    assert "would replace; see --runs-dir" in fails(run, ilpo, work, game=GAME)
+    (run_dir / "latent_dynamics.pt").unlink()
+    run(ilpo, work, game=GAME, context=2, grad_steps=2)
     before, saved = load(run_dir / "latent_policy.pt"), load(run_dir / "ilpo_generator.pt")
     assert before["z_dim"] == saved["latents"] == K and before["context"] == saved["context"] == 2
     generator = ilpo.FDM(saved["frame_size"], 2, K, saved["fdm_width"], predict_change=True)
@@ -212,6 +215,10 @@ def test_same_rows_as_decode_offline_and_arrays_survive(work, monkeypatch, recor
         assert all(np.array_equal(after[x], before[x]) for x in before if x != "settings")
     shapes = [results[2][f"returns_{method}"].shape for method in efficiency.Args.methods]
     assert shapes == [(2, 2), (2, 2), (2, 2), (2,)]
+    run(decode_offline, work, **decode)  # another time: what the other methods wrote stays
+    again = load(run_dir / "decode_offline.npz")
+    assert all(np.array_equal(again[x], results[2][x]) for x in again if x != "settings")
+    assert "returns_bc" in again and again["settings"] == results[2]["settings"]
     assert "--labels is (4,), but" in fails(run, efficiency, work, **flags | dict(labels=(4,)))
     assert "not one of Procgen's" in fails(run, efficiency, work, **flags | dict(game="mygame"))
     # the same chain on an untrained IDM is set beside them

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,3 +269,12 @@ def test_metrics_of_a_resumed_run_continue_at_its_step(tmp_path):
     log.write(grad_step=6, loss=9.0)
     rows = [(row["grad_step"], row["loss"]) for row in csv.DictReader(path.open())]
     assert rows == [("2", "1.0"), ("4", "2.0"), ("6", "9.0")]
+
+
+def test_the_next_command_names_folders_that_are_not_the_defaults(capsys):
+    args = common.RunArgs(runs_dir=Path("runs/no_vq"))
+    common.print_next("decode_offline.py --game maze", args)
+    common.print_next("decode_offline.py --game maze", common.RunArgs())
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "next: python decode_offline.py --game maze --runs-dir runs/no_vq"
+    assert second == "next: python decode_offline.py --game maze"

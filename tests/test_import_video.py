@@ -80,13 +80,13 @@ def test_what_users_do_wrong_gives_one_line_and_keeps_what_was_there(tmp_path):
     assert "at least one file" in fails(convert, tmp_path)
     channels_first = dict.fromkeys(("ta", "done", "rewards"), np.zeros(4))
     np.savez(tmp_path / "chunk.npz", obs=np.zeros((4, 3, 64, 64), np.uint8), **channels_first)
-    assert "obs (4, 3, 64, 64)" in fails(convert, tmp_path, tmp_path / "chunk.npz")
+    assert "obs uint8 (4, 3, 64, 64)" in fails(convert, tmp_path, tmp_path / "chunk.npz")
     mixed = fails(convert, tmp_path, clip, tmp_path / "chunk.npz")
     assert "do not go into one data set" in mixed
     assert not (tmp_path / "data").exists()
     before = convert(tmp_path, clip)[0][0]["obs"]
     assert "--overwrite replaces it" in fails(convert, tmp_path, clip, stride=2)
-    assert "are too few" in fails(convert, tmp_path, clip, stride=40, overwrite=True)
+    assert "fewer than 3" in fails(convert, tmp_path, clip, stride=40, overwrite=True)
     lock = FileLock(tmp_path / "data/clip/.train.lock")
     with lock:  # as another run holds it
         assert "another run is writing" in fails(convert, tmp_path, clip, overwrite=True)

@@ -49,7 +49,7 @@ def run_and_kill(script, args, updates_after_the_save):
 CASES = {  # script: its flags, updates between save and kill, a file that it makes
     stage1: (dict(grad_steps=6), 1, "latents_001.npz"),
     stage2: (dict(grad_steps=6), 1, "latent_policy.pt"),
-    ilpo: (dict(grad_steps=6), 1, "ilpo_generator.pt"),
+    ilpo: (dict(grad_steps=6, runs_dir=Path("runs/ilpo")), 1, "ilpo_generator.pt"),
     online: (dict(env_steps=1536, log_every_steps=512, refit_until=1100), 30, "rl_sl.npz"),
     collect_data: (dict(expert_steps=12 * 128, train_frames=0), 9, "experts/bigfish.pt"),
 }
@@ -87,6 +87,16 @@ def test_a_finished_run_is_not_trained_again_and_another_seed_is_refused(root):
     run(stage2, root, resume=True)
     assert "--seed is 2" in fails(run, stage2, root, resume=True, seed=2)
     assert path.read_bytes() == before
+    path.unlink()
+    assert "latent_policy.pt is missing" in fails(run, stage2, root, resume=True)
+
+
+def test_a_run_is_not_resumed_on_another_result_of_the_stage_before(root, toy_games):
+    run(online, root, env_steps=1280)
+    run(stage1, root, seed=2)
+    assert "another result of the stage before" in fails(run, stage2, root, resume=True)
+    run(stage2, root)
+    assert "another result" in fails(run, online, root, env_steps=1280, resume=True)
 
 
 def test_a_stage_1_that_stops_while_it_labels_again_keeps_its_latents(root, monkeypatch):
