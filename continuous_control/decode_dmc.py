@@ -19,7 +19,8 @@ writes  runs/<game>/decode_dmc.npz: labels [L]; returns, r2, policy_r2 [L, seeds
 
 at 64x64      python -m continuous_control.decode_dmc --game cheetah_run
 on a CPU      python -m continuous_control.decode_dmc --game cheetah_run --labels 16 64 256 1024
-                  --decoder-seeds 3 --episodes 4 --clone-steps 3000 --clone-lr 1e-3
+                  --decode-from policy --decoder-seeds 3 --episodes 4 --clone-steps 3000
+                  --clone-lr 1e-3
 """
 
 from dataclasses import asdict, dataclass
