@@ -121,7 +121,7 @@ def main(args):
         splits[split] = store.windows_at(rows), actions, read_labels(store, "noise"), rows
 
     # --- probes: R^2 of each dimension, beside an untrained IDM and one trained on true actions
-    metrics, cut = {}, args.points * 3 // 4
+    metrics, cut = {}, len(splits["random"][3]) * 3 // 4
     windows, actions, test_noise, test_rows = splits["test"]
     _, _, noise, noise_rows = splits["train"]
     with_noise = noise is not None and test_noise is not None and noise.any()
