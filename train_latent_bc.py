@@ -36,7 +36,7 @@ class Args(common.RunArgs):
     """Gradient steps between evaluations, checkpoints and saved states."""
 
     standardize: bool = False
-    """Regress latents of mean 0 and std 1 (not in the paper): a small z is not learned otherwise."""
+    """Regress latents of mean 0, std 1 (not in the paper); a small z is not learned without it."""
     multiplier: float = 4
     """Multiplies IMPALA's channels 16, 32, 32 (A.4)."""
     grad_steps: int = 60_000
@@ -114,7 +114,7 @@ def imitation_loss(policy, obs, z):
 
 @torch.no_grad()
 def evaluate(policy, obs, z, batch_size=512):
-    """Metrics of held-out frames, as a dict: obs uint8 (N, S, S, 3), z (N, Z). test_mse: in the units
+    """Metrics of held-out frames, as a dict: obs uint8 (N, S, S, 3), z (N, Z). test_mse is in units
     of z. variance_explained: 0 for the mean latent, 1 for the IDM's own; a policy stays below 1, as
     o_t does not determine what a stochastic expert does next.
     """
