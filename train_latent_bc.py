@@ -180,7 +180,7 @@ def main(args):
             )  # fmt: skip
             common.save_state(state, args, grad_step, parts, made_from=stamp)
     log.bar.close()
-    common.load_checkpoint(output, "latent_policy", args.game)  # ends a run that has not written it
+    common.load_checkpoint(output, "latent_policy", args.game)  # fails if it has been lost since
     print(f"latent policy: {output}")
     script = "decode_offline" if args.game in common.GAMES else "visualize_latents"
     common.print_next(f"{script}.py --game {args.game}", args)

@@ -398,9 +398,7 @@ def main(args):
         schedule.step()
         log.bar.update()
     log.bar.close()
-    common.load_checkpoint(
-        output, "latent_dynamics", args.game
-    )  # a finished run has not written it
+    common.load_checkpoint(output, "latent_dynamics", args.game)  # fails if it has been lost since
 
     for split in ("train", "test"):
         write_latents(idm, quantizer, data / split, run / split, args.game, k, device)

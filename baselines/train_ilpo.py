@@ -237,7 +237,7 @@ def main(args):
             )  # fmt: skip
             common.save_state(state, args, grad_step, parts)
     log.bar.close()
-    common.load_checkpoint(output, "latent_policy", args.game)  # ends a run that has not written it
+    common.load_checkpoint(output, "latent_policy", args.game)  # fails if it has been lost since
     print(f"latent policy and generator: {run}")
     common.print_next(f"decode_online_ppo.py --game {args.game} --method rl", args)
 

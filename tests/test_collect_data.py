@@ -80,6 +80,13 @@ def test_rewards_values_and_dones_belong_together(tmp_path, toy_games, record_ca
     check_rollouts(gae, normalized, toy_games[0].log)
 
 
+def test_no_two_sets_of_games_have_the_same_seed(tmp_path, record_calls):
+    made = record_calls(common, "ProcgenEnvs")
+    run(collect_data, tmp_path, expert_steps=128)
+    seeds = [seed for _, _, seed in made]  # training, evaluation, three splits
+    assert len(seeds) == len(set(seeds)) == 5
+
+
 def test_ppo_learns_to_read_the_frame(tmp_path, toy_games):
     flags = dict(num_envs=16, expert_steps=16 * 32 * 12, expert_lr=2e-3, gamma=0.5)
     run(collect_data, tmp_path, **flags, train_frames=0)

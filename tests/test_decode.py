@@ -101,6 +101,9 @@ def test_each_decoder_plays_its_own_games(root, monkeypatch, capsys):
     assert "224 labelled rows" in fails(decode, root, monkeypatch, labels=(5000,))
     assert "--labels 0" in fails(decode, root, monkeypatch, labels=(0, 4))
     assert "not one of Procgen's" in fails(run, offline, root, game="mygame")
+    for path in root.glob("data/maze/test/labels_*.npz"):
+        path.unlink()
+    assert "lacks labels" in fails(decode, root, monkeypatch)
 
 
 def test_decoders_are_fitted_on_n_training_rows_and_judged_on_held_out_ones(

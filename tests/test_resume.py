@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import args_of, fails, run
+from conftest import args_of, fails, load, run
 import baselines.train_ilpo as ilpo
 import collect_data
 import common
@@ -97,6 +97,14 @@ def test_a_run_is_not_resumed_on_another_result_of_the_stage_before(root, toy_ga
     assert "another result of the stage before" in fails(run, stage2, root, resume=True)
     run(stage2, root)
     assert "another result" in fails(run, online, root, env_steps=1280, resume=True)
+
+
+def test_frames_of_another_size_than_stage_1_saw_are_refused(root):
+    for path in root.glob("data/maze/*/frames_*.npz"):
+        frames = load(path)
+        frames["obs"] = frames["obs"].repeat(2, 1).repeat(2, 2)
+        common.save_npz(path, **frames)
+    assert "stage 1 saw frames of 16 pixels" in fails(run, stage2, root)
 
 
 def test_a_stage_1_that_stops_while_it_labels_again_keeps_its_latents(root, monkeypatch):
