@@ -21,10 +21,12 @@ test: .venv/installed
 	.venv/bin/ruff check .
 	$(PY) -m pytest -q
 
-# The stamp is written last, so that an install that was cut short is repeated.
+# The stamp is written last, so that an install that was cut short is repeated. A symlink goes first:
+# --clear would empty what it points to.
 .venv/installed: requirements.txt
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 		|| { echo "error: '$(or $(PYTHON),python3)' has no Procgen wheel; Python 3.10, 3.11 and 3.12 have one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@[ ! -L .venv ] || rm .venv
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
