@@ -63,6 +63,9 @@ class Args(common.RunArgs):
     decode_from: Literal["idm", "policy"] = "idm"
     """Fit decoders on the IDM's z_t (the paper), or on the last hidden layer of the latent policy,
     of which its latent is a linear map; LAOM (arXiv 2502.00379) decodes LAPO here from both."""
+    match_std: bool = False
+    """Scale the actions of each decoder and clone about their mean, so that their std on frames
+    without labels is that of the labelled actions: regression shrinks it. Not in the paper."""
     decoder_seeds: int = 5
     """Decoders for each N, each with frames of its own (the paper: 3 seeds)."""
     decoder_steps: int = 1000
@@ -106,6 +109,22 @@ class HiddenLayer(nn.Module):
     def forward(self, obs):
         """uint8 (B, S, S, 3) -> (B, 256)"""
         return F.relu(self.policy.hidden(self.policy.features(obs)))
+
+
+class MatchStd(nn.Module):
+    """Scales actions (B, A) about their mean; the factors are those that give `decoded` (N, A) the
+    std of `labelled` (M, A).
+    """
+
+    def __init__(self, decoded, labelled):
+        super().__init__()
+        decoded = decoded.clamp(-1, 1)
+        factor = labelled.std(0, correction=0) / (decoded.std(0, correction=0) + 1e-6)
+        self.register_buffer("mean", decoded.mean(0))
+        self.register_buffer("factor", factor)
+
+    def forward(self, actions):
+        return self.mean + self.factor * (actions.clamp(-1, 1) - self.mean)
 
 
 class MeanAction(nn.Module):
@@ -192,13 +211,13 @@ def main(args):
     saved = settings | asdict(args) | dict(labels=[*args.labels], dynamics=stamp)
     if results.exists():  # methods of an earlier run stay, if they are comparable
         old = common.load_npz(results)
-        was, same = old.pop("settings"), ("labels", "seed", "dynamics", "decode_from")
+        was, same = old.pop("settings"), ("labels", "seed", "dynamics", "decode_from", "match_std")
         arrays = old if all(was.get(name) == saved[name] for name in same) else arrays
     control = args.untrained_dir / args.game / results.name
     if control.exists() and control != results:
         untrained = common.load_npz(control, ["returns"])
-        for flag, ours in dict(labels=list(args.labels), decode_from=args.decode_from).items():
-            if (found := untrained["settings"].get(flag, "idm")) != ours:
+        for flag in ("labels", "decode_from", "match_std"):
+            if (found := untrained["settings"].get(flag)) != (ours := saved[flag]):
                 common.fail(f"{flag} is {ours}, but {control} has {found}")
         arrays["returns_untrained"] = untrained["returns"]
 
@@ -216,7 +235,8 @@ def main(args):
         """What decoders are fitted on at rows (n,) of a FrameStore: (n, Z), or (n, 256)."""
         return frames.z_at(rows) if from_idm else in_batches(encoder, frames.frames_at(rows))
 
-    some = inputs_at(store, store.rows[:: max(1, len(store.rows) // 4096)])
+    some_rows = store.rows[:: max(1, len(store.rows) // 4096)]  # of all shards; no labels needed
+    some, some_obs = inputs_at(store, some_rows), store.frames_at(some_rows)
 
     # --- fit and play: of each method a network for each number of labels and each seed
     on_labels = args.decoder_steps, args.batch_size, args.decoder_lr
@@ -233,7 +253,7 @@ def main(args):
             rows = store.rows[torch.randperm(len(store.rows), generator=generator)[: counts[i]]]
             if method == "lapo":
                 decoder = RegressionDecoder(some.shape[1], num_actions).to(device)
-                decoder.mean.copy_(some.mean(0))  # inputs need no labels: of rows of all shards
+                decoder.mean.copy_(some.mean(0))
                 decoder.std.copy_(some.std(0) + 1e-6)
                 x, order = inputs_at(store, rows), torch.arange(len(rows))
                 fit(decoder, x.__getitem__, order, actions[rows], *updates, generator)
@@ -244,6 +264,9 @@ def main(args):
                 network.to(device, memory_format=torch.channels_last)
                 fit(network, store.frames_at, rows, actions[rows], *updates, generator)
             from_frames[i, seed] = r2(network, test_obs, test_actions)
+            if args.match_std:
+                decoded = in_batches(network.requires_grad_(False), some_obs)
+                network = nn.Sequential(network, MatchStd(decoded, actions[rows].to(device)))
             returns[i, seed] = play(network, settings, args, device)
             bar.update()
         bar.close()

@@ -262,6 +262,29 @@ def test_decoding_from_the_policy_fits_its_last_hidden_layer(root, monkeypatch):
     torch.testing.assert_close(played[0](obs), decoder(hidden))
 
 
+def test_match_std_gives_decoded_actions_the_std_of_labelled_ones(root, monkeypatch):
+    decoded, labelled = torch.randn(500, 6) * 0.1 + 0.2, torch.rand(40, 6) * 2 - 1
+    matched = decode_dmc.MatchStd(decoded, labelled)(decoded)
+    torch.testing.assert_close(matched.mean(0), decoded.mean(0))
+    torch.testing.assert_close(matched.std(0, correction=0), labelled.std(0, correction=0))
+    flags = dict(game=GAME, device="cpu", data_dir=root / "data", runs_dir=root / "runs")
+    flags |= dict(labels=(1, 8), decoder_seeds=1, methods=("lapo", "bc"), decoder_steps=2)
+    played = []
+    monkeypatch.setattr(decode_dmc, "play", lambda network, *_: played.append(network) or 0.0)
+    for match_std in (False, True):
+        more = dict(untrained_dir=root / "none", match_std=match_std)
+        decode_dmc.main(decode_dmc.Args(**flags | more))
+    obs = torch.from_numpy(read(root, "train")[0]["obs"])
+    plain, scaled = (networks[:4] for networks in (played[:5], played[5:]))  # the fifth: the mean
+    for network, other in zip(plain, scaled):
+        before, scale = other
+        torch.testing.assert_close(before(obs), network(obs))
+        torch.testing.assert_close(other(obs), scale(network(obs)))
+        assert scale.factor.isfinite().all()
+    one, eight = (network[1].factor for network in scaled[:2])
+    assert (one == 0).all() and (eight > 0).all()  # one label has no std
+
+
 def test_pictures_and_metrics(root):
     flags = dict(game=GAME, data_dir=root / "data", runs_dir=root / "runs", device="cpu")
     flags |= dict(points=32, projection="pca", supervised_steps=2)
