@@ -6,6 +6,7 @@ import common
 import numpy as np
 import pytest
 from conftest import fails
+from continuous_control import plot_results
 from results import plot_figures as figures
 
 RANDOM, EXPERT, _ = common.GAMES["miner"]
@@ -127,3 +128,23 @@ def test_bad_files_give_one_line_and_a_run_that_stopped_early_is_named(tmp_path)
     assert f"{path} is damaged" in fails(read, tmp_path)
     save_online(tmp_path, [1, 2], scale=LAPTOP | dict(seed=2))
     assert "was made with --game miner --seed 2" in fails(read, tmp_path)
+
+
+def test_continuous_control_over_seeds_by_hand(tmp_path, capsys):
+    scale = dict(expert_return=700.0, random_return=10.0)
+    for seed, returns in ((1, [[1, 3], [10, 30]]), (2, [[6, 8], [30, 50]])):
+        where = dict(scale=scale, game="cheetah_run", seed=seed, labels=[64, 256])
+        save(tmp_path, "lapo_policy/decode_dmc.npz", returns=returns, **where)
+    where |= dict(returns_bc=[[1, 3], [10, 30]])
+    save(tmp_path, "cloning/decode_dmc.npz", **where)
+    everything = dict(returns_bc_all=[[500, 600]], policy_r2_bc_all=[[0.5, 0.5]])
+    save(tmp_path, "cloning_all/decode_dmc.npz", **where | everything)
+    plot_results.main(plot_results.Args(tmp_path))
+    printed = capsys.readouterr().out
+    assert "cheetah_run, return with 64, 256 labels" in printed
+    # means of seeds 2, 7 and 20, 40; of the clones of one seed 1, 3 and 10, 30
+    assert "| lapo_policy (2 seeds) | 4 ± 4 | 30 ± 14 |" in printed
+    assert "| cloning (1 seed) | 2 ± 1 | 20 ± 14 |" in printed
+    assert "| cloning_all (1 seed) | 0.50 ± 0.00 |" in printed
+    assert (tmp_path / "figures/cheetah_run.png").exists()
+    assert "has no" in fails(plot_results.main, plot_results.Args(tmp_path / "none"))

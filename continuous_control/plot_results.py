@@ -1,0 +1,107 @@
+"""Plots and tabulates decoded returns against labels, over seeds, of continuous control (A.3).
+
+reads   <results-dir>/<variant>/seed_<n>/<game>/decode_dmc.npz, the runs folders of decode_dmc.py;
+        VARIANTS names those in results/continuous_control
+writes  <results-dir>/figures/<game>.png; prints the same numbers as a table
+
+python -m continuous_control.plot_results
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import common  # before torch
+import matplotlib
+import numpy as np
+import tyro
+from visualize_latents import save_figure
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+VARIANTS = {  # folder: name, color, line
+    "lapo_match": ("LAPO, decoder on the policy, std matched", "C3", "-"),
+    "untrained_match": ("the same, untrained IDM", "C3", ":"),
+    "cloning_match": ("cloning the labelled frames alone, std matched", "C7", "--"),
+    "lapo_policy": ("LAPO, decoder on the policy", "C1", "-"),
+    "untrained_policy": ("the same, untrained IDM", "C1", ":"),
+    "vq_policy": ("LAPO with VQ, decoder on the policy", "C2", "-"),
+    "lapo_idm": ("LAPO, decoder on z_t (the paper)", "C0", "-"),
+    "untrained_idm": ("the same, untrained IDM", "C0", ":"),
+    "cloning": ("cloning the labelled frames alone", "C5", "--"),
+    "cloning_all": ("cloning all true actions", "C4", "-."),
+}
+ROWS = dict(returns="return", policy_r2="R² from o_t", r2="R² of the decoder")  # array: row
+
+
+@dataclass
+class Args:
+    results_dir: Path = Path("results/continuous_control")
+    """Runs are in <results-dir>/<variant>/seed_<n>/<game>."""
+
+
+def over_seeds(paths, name):
+    """float [seeds, L] of an array, whatever its ending: means over decoders or clones. One seed
+    alone gives [decoders, L] instead, so that there is something to take a std of.
+    """
+    found = []
+    for path in paths:
+        arrays = common.load_npz(path)
+        endings = [name + ending for ending in ("", "_bc", "_bc_all") if name + ending in arrays]
+        found += [arrays[endings[0]]] if endings else []
+    if len(found) == 1:
+        return found[0].T
+    return np.array([values.mean(1) for values in found])
+
+
+def mean_and_std(values):
+    """[n, L] -> mean and sample std [L]; the std of one is 0."""
+    return values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
+
+
+def plot_game(args, game):
+    """Writes the figure of one game and prints its table."""
+    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    lines = {}
+    for variant, (label, color, style) in VARIANTS.items():
+        paths = sorted(args.results_dir.glob(f"{variant}/seed_*/{game}/decode_dmc.npz"))
+        if not paths:
+            continue
+        labels, settings = common.load_npz(paths[0], ["labels"]).values()
+        mean, std = mean_and_std(over_seeds(paths, "returns"))
+        mean, std = (np.broadcast_to(x, labels.shape) for x in (mean, std))  # all labels: one point
+        count = f"{len(paths)} seed{'s' * (len(paths) > 1)}"
+        axes.plot(labels, mean, style, color=color, marker=".", label=f"{label} ({count})")
+        axes.fill_between(labels, mean - std, mean + std, color=color, alpha=0.12, linewidth=0)
+        for name, row in ROWS.items():
+            values = over_seeds(paths, name)
+            if len(values):
+                cells = [f"{m:.2f} ± {s:.2f}" for m, s in zip(*mean_and_std(values))]
+                if name == "returns":
+                    cells = [f"{m:.0f} ± {s:.0f}" for m, s in zip(*mean_and_std(values))]
+                lines.setdefault(row, []).append(f"| {variant} ({count}) | {' | '.join(cells)} |")
+    for name, style in (("expert", "--"), ("random", ":")):
+        value = settings[f"{name}_return"]
+        axes.axhline(value, color="black", linestyle=style, label=f"{name} ({value:.0f})")
+    axes.set_xscale("log", base=2)
+    title = (
+        f"{game}, laptop scale, decoded offline: mean and std\n(over seeds; of one seed, decoders)"
+    )
+    axes.set(xlabel="labelled frames", ylabel="mean episodic return", title=title)
+    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
+    save_figure(figure, args.results_dir / f"figures/{game}.png")
+    for row, cells in lines.items():
+        print(f"\n{game}, {row} with {', '.join(map(str, labels))} labels", *cells, sep="\n")
+
+
+def main(args):
+    paths = args.results_dir.glob("*/seed_*/*/decode_dmc.npz")
+    games = sorted({path.parent.name for path in paths})
+    if not games:
+        common.fail(f"{args.results_dir} has no <variant>/seed_<n>/<game>/decode_dmc.npz")
+    for game in games:
+        plot_game(args, game)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
