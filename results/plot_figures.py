@@ -10,7 +10,8 @@ writes  <output-dir>/figure_{3,3_games,4,5,a2,a5}.png; a figure without a run is
 
 Normalized returns are 0 for the random policy and 1 for the expert: the paper's two at its scale
 (64x64, all levels), else those that collect_data.py measured for the run. Curves are means over
-seeds, and over games where a title says so; bands are the sample std over seeds.
+seeds, and where a title says so, over the games that have all of its curves; bands are the sample
+std over seeds.
 """
 
 import csv
@@ -226,9 +227,16 @@ def plot(path, text, results, games, panels):
 def draw_curves(axes, results, names, game=None):
     """Returns of a game, or normalized returns over games, against steps or numbers of labels."""
     row, dashes = (0 if game else 1), ("--" if results.at_paper_scale else ":")
+    games, title = [game], f"{game} ({results.scales.get(game)})"
+    if not game:  # those that have all curves, otherwise means would be of different games
+        drawn = [results.curves[name] for name in names if name in results.curves]
+        games = [g for g in results.scales if all(g in by_game for by_game in drawn)]
+        title = f"mean of {', '.join(games) if len(games) < 5 else f'{len(games)} games'}"
+    if not games:
+        games, title = [*results.scales], "means, each over its own games"
     for name in names:
         s, x, ours = SERIES[name], results.x[name], results.curves.get(name, {})
-        shown, note = {g: ours[g] for g in ours if game in (None, g)}, f"{s.label}: the paper's"
+        shown, note = {g: ours[g] for g in ours if g in games}, f"{s.label}: the paper's"
         if shown:
             mean, std = (y[row] for y in over_games(shown))
             note = f"{s.label} ({len(ours)} games, {sum(map(len, ours.values()))} runs)"
@@ -243,14 +251,14 @@ def draw_curves(axes, results, names, game=None):
     ends = [run["ends"] for key, run in results.runs.items() if key[1] == game] or [(0, 1)]
     axes.axhline(np.mean(ends, 0)[0], color="gray", linestyle=":", label="random policy")
     axes.axhline(np.mean(ends, 0)[1], color="black", linewidth=1, label="expert")
-    axes.set(title=f"{game} ({results.scales[game]})" if game else "means, each over its own games")
+    axes.set_title(title)
     axes.set_ylabel("mean episodic return" if game else "normalized return")
     axes.set_xlabel("labelled frames" if "offline" in names else "environment steps")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     if "offline" in names:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        scratch = [g for g in results.curves.get("ppo_scratch", ()) if game in (None, g)]
+        scratch = [g for g in results.curves.get("ppo_scratch", ()) if g in games]
         for end in [results.point("ppo_scratch", scratch)[1][row]] if scratch else []:
             axes.axhline(end, color="C3", linestyle="-.", label="PPO from scratch, at its end")
 

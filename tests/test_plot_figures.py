@@ -68,6 +68,26 @@ def test_laptop_scale_is_normalized_by_the_runs_own_returns(tmp_path):
     assert np.nanmax(read(tmp_path / "paper").curves["lapo_rl_sl"]["miner"][1][1]) == 1
 
 
+def test_means_are_of_the_games_that_have_all_curves(tmp_path):
+    for game, last in (("miner", 11), ("maze", 1)):
+        save_online(tmp_path, [1, 1, last], game=game)
+    compared = ("lapo_rl_sl", "lapo_rl_no_sl")
+    for file, game, title, ends in (
+        ("", "", "mean of maze, miner", [0.5]),
+        ("lapo/decode_online_rl.npz", "miner", "mean of miner", [1, 0.4]),
+        ("no_vq/decode_online_rl.npz", "heist", "means, each over its own games", [0.5, 0.4, 0.2]),
+    ):
+        if file:
+            save_online(tmp_path, [1, 1, 5 if game == "miner" else 3], file, game=game)
+            compared += ("lapo_rl_no_sl_no_vq",) if game == "heist" else ()
+        axes = figures.plt.figure().add_subplot()
+        figures.draw_curves(axes, read(tmp_path), compared)
+        assert axes.get_title() == title
+        solid = [line for line in axes.lines if line.get_linewidth() == 2]
+        np.testing.assert_allclose([line.get_ydata()[-1] for line in solid], ends)
+        figures.plt.close("all")
+
+
 def test_offline_curves_and_controls(tmp_path, capsys):
     labels, returns = [16, 300], [[1, 3], [5, 7]]  # [L, decoders]
     arrays = dict(labels=labels, returns=returns, returns_bc_all=[2.0, 4.0], blind_return=1.5)
