@@ -3,7 +3,8 @@
 For each number of labels N and each seed, a decoder regresses the true action from the IDM's z_t
 on N labelled frames, and plays in the suite on top of the frozen latent policy: action =
 decoder(policy(o_t)). With --decode-from policy, it is fitted on what it plays on, the policy's last
-hidden layer, in place of z_t. Beside it play, as controls:
+hidden layer, in place of z_t; --match-std undoes the shrinking of regression. Beside it play, as
+controls:
 
 bc       a policy that clones the N labelled frames alone: what the video adds is the difference
 bc_all   a policy that clones all frames with their true labels: the ceiling
@@ -19,8 +20,8 @@ writes  runs/<game>/decode_dmc.npz: labels [L]; returns, r2, policy_r2 [L, seeds
 
 at 64x64      python -m continuous_control.decode_dmc --game cheetah_run
 on a CPU      python -m continuous_control.decode_dmc --game cheetah_run --labels 16 64 256 1024
-                  --decode-from policy --decoder-seeds 3 --episodes 4 --clone-steps 3000
-                  --clone-lr 1e-3
+                  --decode-from policy --match-std --decoder-seeds 3 --episodes 4
+                  --clone-steps 3000 --clone-lr 1e-3
 """
 
 from dataclasses import asdict, dataclass

@@ -40,22 +40,18 @@ class Args:
     """Runs are in <results-dir>/<variant>/seed_<n>/<game>."""
 
 
-def over_seeds(paths, name):
-    """float [seeds, L] of an array, whatever its ending: means over decoders or clones. One seed
-    alone gives [decoders, L] instead, so that there is something to take a std of.
+def read(paths, name):
+    """An array of each file, [L, decoders], whatever its ending; those without it are left out."""
+    files = [common.load_npz(path) for path in paths]
+    names = [name + ending for ending in ("", "_bc", "_bc_all")]
+    return [next(file[x] for x in names if x in file) for file in files if {*names} & {*file}]
+
+
+def mean_and_std(seeds):
+    """[L, decoders] of each seed -> mean and sample std [L] over seeds; of one seed, over decoders
+    (or clones).
     """
-    found = []
-    for path in paths:
-        arrays = common.load_npz(path)
-        endings = [name + ending for ending in ("", "_bc", "_bc_all") if name + ending in arrays]
-        found += [arrays[endings[0]]] if endings else []
-    if len(found) == 1:
-        return found[0].T
-    return np.array([values.mean(1) for values in found])
-
-
-def mean_and_std(values):
-    """[n, L] -> mean and sample std [L]; the std of one is 0."""
+    values = np.array([x.mean(1) for x in seeds]) if len(seeds) > 1 else seeds[0].T
     return values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
 
 
@@ -68,27 +64,24 @@ def plot_game(args, game):
         if not paths:
             continue
         labels, settings = common.load_npz(paths[0], ["labels"]).values()
-        mean, std = mean_and_std(over_seeds(paths, "returns"))
-        mean, std = (np.broadcast_to(x, labels.shape) for x in (mean, std))  # all labels: one point
-        count = f"{len(paths)} seed{'s' * (len(paths) > 1)}"
+        returns = read(paths, "returns")
+        mean, std = (np.broadcast_to(x, labels.shape) for x in mean_and_std(returns))  # bc_all: [1]
+        count = f"{len(returns)} x {returns[0].shape[1]}"
         axes.plot(labels, mean, style, color=color, marker=".", label=f"{label} ({count})")
         axes.fill_between(labels, mean - std, mean + std, color=color, alpha=0.12, linewidth=0)
         for name, row in ROWS.items():
-            values = over_seeds(paths, name)
-            if len(values):
-                cells = [f"{m:.2f} ± {s:.2f}" for m, s in zip(*mean_and_std(values))]
-                if name == "returns":
-                    cells = [f"{m:.0f} ± {s:.0f}" for m, s in zip(*mean_and_std(values))]
+            digits = 0 if name == "returns" else 2
+            if seeds := read(paths, name):
+                cells = [f"{m:.{digits}f} ± {s:.{digits}f}" for m, s in zip(*mean_and_std(seeds))]
                 lines.setdefault(row, []).append(f"| {variant} ({count}) | {' | '.join(cells)} |")
     for name, style in (("expert", "--"), ("random", ":")):
         value = settings[f"{name}_return"]
         axes.axhline(value, color="black", linestyle=style, label=f"{name} ({value:.0f})")
     axes.set_xscale("log", base=2)
-    title = (
-        f"{game}, laptop scale, decoded offline: mean and std\n(over seeds; of one seed, decoders)"
-    )
+    title = f"{game}, laptop scale, decoded offline: mean and std over seeds"
     axes.set(xlabel="labelled frames", ylabel="mean episodic return", title=title)
-    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
+    note = "(seeds x decoders or clones; of one seed, std over these)"
+    figure.legend(loc="outside lower center", fontsize="small", ncols=2, title=note)
     save_figure(figure, args.results_dir / f"figures/{game}.png")
     for row, cells in lines.items():
         print(f"\n{game}, {row} with {', '.join(map(str, labels))} labels", *cells, sep="\n")

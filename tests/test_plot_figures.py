@@ -163,8 +163,8 @@ def test_continuous_control_over_seeds_by_hand(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "cheetah_run, return with 64, 256 labels" in printed
     # means of seeds 2, 7 and 20, 40; of the clones of one seed 1, 3 and 10, 30
-    assert "| lapo_policy (2 seeds) | 4 ± 4 | 30 ± 14 |" in printed
-    assert "| cloning (1 seed) | 2 ± 1 | 20 ± 14 |" in printed
-    assert "| cloning_all (1 seed) | 0.50 ± 0.00 |" in printed
+    assert "| lapo_policy (2 x 2) | 4 ± 4 | 30 ± 14 |" in printed
+    assert "| cloning (1 x 2) | 2 ± 1 | 20 ± 14 |" in printed
+    assert "| cloning_all (1 x 2) | 0.50 ± 0.00 |" in printed
     assert (tmp_path / "figures/cheetah_run.png").exists()
     assert "has no" in fails(plot_results.main, plot_results.Args(tmp_path / "none"))
