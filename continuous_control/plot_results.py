@@ -70,6 +70,7 @@ def plot_game(args, game):
         axes.plot(labels, mean, style, color=color, marker=".", label=f"{label} ({count})")
         axes.fill_between(labels, mean - std, mean + std, color=color, alpha=0.12, linewidth=0)
         for name, row in ROWS.items():
+            row = f"{game}, {row} with {', '.join(map(str, labels))} labels"
             digits = 0 if name == "returns" else 2
             if seeds := read(paths, name):
                 cells = [f"{m:.{digits}f} ± {s:.{digits}f}" for m, s in zip(*mean_and_std(seeds))]
@@ -78,13 +79,14 @@ def plot_game(args, game):
         value = settings[f"{name}_return"]
         axes.axhline(value, color="black", linestyle=style, label=f"{name} ({value:.0f})")
     axes.set_xscale("log", base=2)
-    title = f"{game}, laptop scale, decoded offline: mean and std over seeds"
+    scale = "laptop scale" if settings["frame_size"] < 64 else "64x64"
+    title = f"{game}, {scale}, decoded offline: mean and std over seeds"
     axes.set(xlabel="labelled frames", ylabel="mean episodic return", title=title)
     note = "(seeds x decoders or clones; of one seed, std over these)"
     figure.legend(loc="outside lower center", fontsize="small", ncols=2, title=note)
     save_figure(figure, args.results_dir / f"figures/{game}.png")
     for row, cells in lines.items():
-        print(f"\n{game}, {row} with {', '.join(map(str, labels))} labels", *cells, sep="\n")
+        print(f"\n{row}", *cells, sep="\n")
 
 
 def main(args):

@@ -151,7 +151,7 @@ def test_bad_files_give_one_line_and_a_run_that_stopped_early_is_named(tmp_path)
 
 
 def test_continuous_control_over_seeds_by_hand(tmp_path, capsys):
-    scale = dict(expert_return=700.0, random_return=10.0)
+    scale = dict(expert_return=700.0, random_return=10.0, frame_size=32)
     for seed, returns in ((1, [[1, 3], [10, 30]]), (2, [[6, 8], [30, 50]])):
         where = dict(scale=scale, game="cheetah_run", seed=seed, labels=[64, 256])
         save(tmp_path, "lapo_policy/decode_dmc.npz", returns=returns, **where)
