@@ -15,7 +15,7 @@ import train_latent_dynamics as stage1
 
 pytest.importorskip("dm_control", reason="pip install -r continuous_control/requirements-dmc.txt")
 
-from continuous_control import collect_dmc, decode_dmc, visualize_dmc
+from continuous_control import collect_dmc, decode_dmc, decode_dmc_online, visualize_dmc
 from continuous_control.decode_dmc import RegressionDecoder, fit, r2
 
 STEPS, GAME = 20, "walker_walk"
@@ -283,6 +283,114 @@ def test_match_std_gives_decoded_actions_the_std_of_labelled_ones(root, monkeypa
         assert scale.factor.isfinite().all()
     one, eight = (network[1].factor for network in scaled[:2])
     assert (one == 0).all() and (eight > 0).all()  # one label has no std
+
+
+ONLINE = dict(game=GAME, device="cpu", num_envs=2, rollout_steps=8, minibatches=2, epochs=1)
+ONLINE |= dict(env_steps=6 * 16, log_every_steps=32, decoder_steps=2, episodes=1)
+
+
+def test_online_ppo_moves_the_mean_from_the_decoders_action_to_the_better_one():
+    torch.manual_seed(0)
+    policy = decode_dmc_online.OnlinePolicy(torch.nn.Linear(4, 8), 2, start_std=0.6)
+    features, decoded = torch.randn(16, 4, 4), torch.rand(16, 4, 2) - 0.5
+    distribution, _ = policy(features, decoded)
+    assert torch.equal(distribution.mean, decoded)
+    torch.testing.assert_close(distribution.stddev, torch.full_like(decoded, 0.6))
+    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
+    args = SimpleNamespace(epochs=4, minibatches=4, clip=0.2, max_grad_norm=0.5)
+    target = decoded + torch.tensor([0.4, -0.2])
+    for _ in range(60):
+        with torch.no_grad():
+            distribution, _ = policy(features, decoded)
+            actions = distribution.sample()
+            logprobs = distribution.log_prob(actions).sum(-1)
+        advantages = -(actions - target).square().sum(-1)
+        rollout = features, decoded, actions, logprobs, advantages, torch.full((16, 4), 3.0)
+        decode_dmc_online.ppo_update(policy, optimizer, rollout, args)
+    distribution, value = policy(features, decoded)
+    assert (distribution.mean - target).abs().mean() < 0.1 < (decoded - target).abs().mean()
+    assert (value - 3).abs().mean() < 0.3 and (distribution.stddev < 0.5).all()
+
+
+def test_online_every_transition_reaches_the_decoder_with_its_clipped_action(
+    root, tmp_path, monkeypatch
+):
+    """And time ends episodes, so the value of the last frame that was rendered still counts."""
+    steps, fits, estimates = [], [], []
+
+    class Recorded(collect_dmc.ControlEnvs):
+        def step(self, actions):
+            before = self.obs.copy()
+            obs, reward, done = super().step(actions)
+            steps.append((before, np.clip(actions, -1, 1), obs.copy(), done.copy(), reward.copy()))
+            return obs, reward, done
+
+    def record_fit(decoder, inputs_at, rows, actions, *rest):
+        fits.append((inputs_at(rows), actions))
+
+    monkeypatch.setattr(decode_dmc_online, "ControlEnvs", Recorded)
+
+    def record_gae(*tensors):
+        estimates.append(tensors[:3])
+        return collect_dmc.compute_gae(*tensors)
+
+    monkeypatch.setattr(decode_dmc_online, "fit", record_fit)
+    monkeypatch.setattr(decode_dmc_online, "compute_gae", record_gae)
+    monkeypatch.setattr(common.RewardNormalizer, "__call__", lambda self, reward, done: reward)
+    (tmp_path / GAME).symlink_to(root / f"runs/{GAME}")
+    decode_dmc_online.main(decode_dmc_online.Args(**ONLINE, runs_dir=tmp_path, start_std=2.0))
+    saved = torch.load(root / f"runs/{GAME}/latent_dynamics.pt")
+    idm = stage1.IDM(16, 1, saved["multiplier"], saved["z_dim"])
+    idm.load_state_dict(saved["idm"])
+    z, taken = [], []
+    for t in range(1, 3 * 8):  # half of the six rollouts
+        for env in range(2):
+            past, now = steps[t - 1], steps[t]
+            if not past[3][env] and not now[3][env]:  # o_{t-1}, o_t, o_{t+1} of one episode
+                window = torch.from_numpy(np.stack([past[0][env], now[0][env], now[2][env]]))
+                z.append(idm(window[None])[0].detach())
+                taken.append(now[1][env])
+    assert len(z) == 2 * (3 * 8 - 1 - 2) and len(fits) == 3  # one episode of 20 ends: two windows
+    torch.testing.assert_close(fits[-1][0], torch.stack(z).half().float(), atol=2e-3, rtol=1e-2)
+    np.testing.assert_allclose(fits[-1][1], np.stack(taken), atol=1e-6)
+    assert (abs(np.stack(taken)) == 1).any()  # a std of 2 leaves the bounds
+    rewards, dones = (torch.from_numpy(np.stack([x[i] for x in steps[:48]])) for i in (4, 3))
+    values = torch.cat([x[1][:-1] for x in estimates])
+    torch.testing.assert_close(
+        torch.cat([x[0] for x in estimates]), rewards + 0.99 * values * dones
+    )
+    assert torch.equal(torch.cat([x[2] for x in estimates]), dones) and dones.sum() == 4
+
+
+def test_online_runs_resume_and_both_methods_share_a_plot(root, tmp_path, monkeypatch, capsys):
+    save_state, flags = common.save_state, dict(runs_dir=tmp_path, resume=True)
+    (tmp_path / GAME).mkdir()
+    for name in ("latent_policy.pt", "latent_dynamics.pt"):
+        (tmp_path / GAME / name).symlink_to(root / f"runs/{GAME}/{name}")
+
+    def save_and_stop(*args, **values):
+        save_state(*args, **values)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "save_state", save_and_stop)
+        decode_dmc_online.main(decode_dmc_online.Args(**ONLINE, **flags))
+    assert not list(tmp_path.glob("*/decode_online_*.npz"))
+    decode_dmc_online.main(decode_dmc_online.Args(**ONLINE, **flags))
+    assert "is at step 32" in capsys.readouterr().out
+    path = tmp_path / GAME / "decode_online_rl_sl.npz"
+    curve = np.load(path)
+    assert curve["env_steps"].tolist() == [32, 64, 96] and curve["episodes"].sum() == 2
+    assert np.nanmin(curve["returns"]) >= 0 and 0 <= curve["mean_return"] <= STEPS
+    state = torch.load(tmp_path / GAME / "decode_online_rl_sl_state.pt")
+    # the first two rollouts, and one more of new episodes, without each first frame
+    assert len(state["values"]["z_seen"]) == 2 * (16 - 1) + 2 * (8 - 1)
+    (tmp_path / GAME / "latent_dynamics.pt").unlink()
+    decode_dmc_online.main(decode_dmc_online.Args(**ONLINE, runs_dir=tmp_path, method="rl"))
+    assert (tmp_path / GAME / "decode_online_rl.png").exists()
+    assert "latent_dynamics.pt is missing" in fails(
+        decode_dmc_online.main, decode_dmc_online.Args(**ONLINE, runs_dir=tmp_path)
+    )
 
 
 def test_pictures_and_metrics(root):
