@@ -221,8 +221,30 @@ class ExpertPolicy(nn.Module):
         return distribution, self.critic(x)[:, 0]
 
 
+def ppo_update(policy, optimizer, inputs, steps, args):
+    """Epochs of minibatches of PPO (Schulman et al. 2017). inputs: what the policy sees, steps:
+    actions (T, B, A), logprobs, advantages, value targets (T, B). Returns the last loss.
+    """
+    inputs, steps = ([x.flatten(0, 1) for x in part] for part in (inputs, steps))
+    for _ in range(args.epochs):
+        order = torch.randperm(len(steps[0]), device=steps[0].device)
+        for rows in order.chunk(args.minibatches):
+            distribution, value = policy(*(x[rows] for x in inputs))
+            action, old_logprob, advantage, target = (x[rows] for x in steps)
+            ratio = (distribution.log_prob(action).sum(-1) - old_logprob).exp()
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+            clipped = advantage * ratio.clamp(1 - args.clip, 1 + args.clip)
+            policy_loss = -torch.min(advantage * ratio, clipped).mean()
+            loss = policy_loss + 0.5 * (value - target).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            optimizer.step()
+    return loss
+
+
 def train_expert(args, settings, path):
-    """Trains an ExpertPolicy with PPO on states (Schulman et al. 2017); writes it to `path`."""
+    """Trains an ExpertPolicy with PPO on states; writes it to `path`."""
     t, b = args.rollout_steps, args.num_envs
     envs = ControlEnvs(settings | dict(frame_size=0), b, common.derive_seed(args.seed, "expert"))
     dim, num_actions = envs.states.shape[1], envs.num_actions
@@ -253,23 +275,12 @@ def train_expert(args, settings, path):
                     rewards[step] += args.gamma * final_value * dones[step]
             values[t] = policy(torch.from_numpy(envs.states))[1]
         advantages, targets = compute_gae(rewards, values, dones, args.gamma, args.gae_lambda)
-        flat = [x.flatten(0, 1) for x in (states, actions, logprobs, advantages, targets)]
-        for _ in range(args.epochs):
-            for rows in torch.randperm(t * b).chunk(args.minibatches):
-                state, action, old_logprob, advantage, target = (x[rows] for x in flat)
-                distribution, value = policy(state)
-                ratio = (distribution.log_prob(action).sum(-1) - old_logprob).exp()
-                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-                clipped = advantage * ratio.clamp(1 - args.clip, 1 + args.clip)
-                policy_loss = -torch.min(advantage * ratio, clipped).mean()
-                loss = policy_loss + 0.5 * (value - target).pow(2).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-                optimizer.step()
+        rollout = actions, logprobs, advantages, targets
+        loss = ppo_update(policy, optimizer, [states], rollout, args)
         # running means of all states so far, after the update: old_logprob was made with these
-        policy.mean.lerp_(flat[0].mean(0), 1 / update)
-        policy.square.lerp_(flat[0].square().mean(0), 1 / update)
+        flat = states.flatten(0, 1)
+        policy.mean.lerp_(flat.mean(0), 1 / update)
+        policy.square.lerp_(flat.square().mean(0), 1 / update)
         log.bar.update(batch)
         if update % 20 == 0 or update == updates:
             common.check_finite(update * batch, path, policy)

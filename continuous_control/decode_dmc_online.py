@@ -27,7 +27,7 @@ import tyro
 from collect_data import compute_gae
 from decode_online_ppo import label_transitions, load_networks, plot_all_methods
 
-from continuous_control.collect_dmc import ControlEnvs, pick_renderer
+from continuous_control.collect_dmc import ControlEnvs, pick_renderer, ppo_update
 from continuous_control.decode_dmc import RegressionDecoder, fit, play, r2
 
 
@@ -102,27 +102,6 @@ class OnlinePolicy(nn.Module):
         return torch.distributions.Normal(mean, std, validate_args=False), self.value(h)[:, 0]
 
 
-def ppo_update(policy, optimizer, rollout, args):
-    """Epochs of minibatches; rollout: features (T, B, F), decoded and actions (T, B, A), logprobs,
-    advantages, value targets (T, B). Returns the last loss.
-    """
-    flat = [x.flatten(0, 1) for x in rollout]
-    for _ in range(args.epochs):
-        for rows in torch.randperm(len(flat[0]), device=flat[0].device).chunk(args.minibatches):
-            features, decoded, action, old_logprob, advantage, target = (x[rows] for x in flat)
-            distribution, value = policy(features, decoded)
-            ratio = (distribution.log_prob(action).sum(-1) - old_logprob).exp()
-            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-            clipped = advantage * ratio.clamp(1 - args.clip, 1 + args.clip)
-            policy_loss = -torch.min(advantage * ratio, clipped).mean()
-            loss = policy_loss + 0.5 * (value - target).pow(2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-            optimizer.step()
-    return loss
-
-
 def main(args):
     device = common.pick_device(args.device)
     pick_renderer()
@@ -188,8 +167,8 @@ def main(args):
         dones = firsts[k + 1 :]
         advantages, targets = compute_gae(rewards, all_values, dones, args.gamma, args.gae_lambda)
         optimizer.param_groups[0]["lr"] = args.lr * (1 - (update - 1) / updates)
-        rollout = features, decoded, actions, logprobs, advantages, targets
-        loss = ppo_update(policy, optimizer, rollout, args)
+        rollout = actions, logprobs, advantages, targets
+        loss = ppo_update(policy, optimizer, [features, decoded], rollout, args)
 
         if with_decoder and update <= args.refit_until * updates:
             z, taken = label_transitions(idm, frames, firsts, actions.clamp(-1, 1))
