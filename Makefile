@@ -76,10 +76,10 @@ paper: .venv/installed
 	$(PY) train_latent_bc.py $(call RUN,no_vq) --resume
 	$(PY) decode_online_ppo.py $(call RUN,no_vq) --method rl --resume
 	$(PY) visualize_latents.py $(call RUN,no_vq)
-	$(PY) -m baselines.label_efficiency $(call RUN,lapo) --methods bc bc_all
 	$(PY) train_latent_dynamics.py $(call RUN,untrained) --grad-steps 0
 	$(PY) train_latent_bc.py $(call RUN,untrained) --resume
 	$(PY) decode_offline.py $(call RUN,untrained)
+	$(PY) -m baselines.label_efficiency $(call RUN,lapo) --methods bc bc_all --untrained-dir runs/untrained/seed_$(SEED)
 	$(PY) -m baselines.train_ilpo $(call RUN,ilpo) --resume
 	$(PY) decode_online_ppo.py $(call RUN,ilpo) --method rl --resume
 	$(PY) collect_data.py $(call RUN,scratch) --train-frames 0 --expert-steps 4_000_000 --expert-multiplier 4 --experts-dir runs/scratch/seed_$(SEED) --resume

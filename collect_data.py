@@ -10,7 +10,7 @@ writes  otherwise experts/<game>.pt and runs/<game>/expert.csv; data/<game>/{tra
 
 paper scale     python collect_data.py --game bigfish
 on a CPU        python collect_data.py --game miner --solver --plain --frame-size 32
-                    --train-frames 131_072 --test-frames 16_384
+                    --train-frames 262_144 --test-frames 16_384
                 python collect_data.py --game starpilot --plain --frame-size 32 --minibatches 16
                     --expert-multiplier 0.5 --expert-steps 3_000_000 --train-frames 131_072
 PPO from        python collect_data.py --game bigfish --train-frames 0 --expert-steps 4_000_000
@@ -50,7 +50,8 @@ class Args(common.RunArgs):
     frame_size: Literal[64, 32, 16] = 64
     """Side of the frames in pixels; below 64 (the paper's), means of blocks."""
     num_levels: int = 0
-    """Train on levels 0 .. n - 1 and test on the next n; 0 means all levels (the paper's)."""
+    """Train frames are of levels 0 .. n - 1, on which later stages play as well, test and random
+    frames of the next n; 0 means all levels (the paper's)."""
     plain: bool = False
     """No backgrounds, one theme, monochrome assets: the same games and rules, in plain pictures in
     which actions are a larger part of what changes. For laptops, not in the paper."""
@@ -354,11 +355,14 @@ def main(args):
         f"mean return: expert {means['expert_return']:.2f}, random policy "
         f"{means['random_return']:.2f} (the paper's expert: {common.GAMES[args.game][1]:.2f})"
     )
-    raw, free = 3 * args.frame_size**2 / 1e9, shutil.disk_usage(".").free / 1e9
+    args.data_dir.mkdir(parents=True, exist_ok=True)
+    raw, free = 3 * args.frame_size**2 / 1e9, shutil.disk_usage(args.data_dir).free / 1e9
     for split, (num_frames, recorded) in splits.items():
         print(f"{split}: up to {num_frames * raw:.2g} GB before compression, {free:.0f} GB free")
         player = players["random" if split == "random" else "expert"]
         record(args, recorded | means, player, num_frames, args.data_dir / args.game / split)
+    if splits:
+        common.print_next(f"train_latent_dynamics.py --game {args.game}", args)
 
 
 if __name__ == "__main__":

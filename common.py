@@ -35,7 +35,7 @@ NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") els
 FORMAT = 2  # of checkpoints; 1 had other names of weights
 
 # Mean returns of a uniformly random policy and of the paper's expert ("easy", all levels), and
-# actions with the same effect: tried from 900 to 3,100 states a game (get_state, set_state), with
+# actions with the same effect: tried in 900 to 3,100 states a game (get_state, set_state), with
 # five more steps; in no case did a frame, a reward or an episode's end differ.
 SIDES = "left left-down left-up, right right-down right-up"
 GAMES = {
@@ -423,7 +423,7 @@ class FrameStore:
     shard is evicted for the next one after as many draws as it has windows.
     """
 
-    def __init__(self, args, split, context, device, dynamics=None, pool_frames=65_536):
+    def __init__(self, args, split, context, device, dynamics=None, pool_frames=131_072):
         """args: RunArgs, for folders and seed; dynamics: see read_latents(), for z_at()."""
         self.folder, self.game = args.data_dir / args.game / split, args.game
         self.context, self.device = context, device

@@ -5,7 +5,7 @@ and the true action, and plays on top of the frozen latent policy: action = deco
 Beside them plays a blind policy, the control: it draws actions with the expert's frequencies.
 
 reads   runs/<game>/latent_policy.pt, {train,test}/latents_NNN.npz,
-        data/<game>/{train,test}/labels_NNN.npz and test/frames_NNN.npz
+        data/<game>/{train,test}/frames_NNN.npz, labels_NNN.npz
 writes  runs/<game>/decode_offline.npz, decode_offline.png
 
 paper scale   python decode_offline.py --game bigfish
@@ -134,13 +134,19 @@ def sample_actions(logits, generator):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def load_labelled(frames_dir, latents_dir, dynamics, max_shards=16):
-    """z float32 (n, Z) and true actions int64 (n,) of all valid rows of up to max_shards shards."""
-    paths, z, actions = common.list_shards(frames_dir), [], []
-    for i in np.unique(np.linspace(0, len(paths) - 1, max_shards).astype(int)):
-        shard_z, valid = common.read_latents(paths[i], latents_dir, dynamics)
+def labelled_shards(frames_dir, at_most=16):
+    """Paths of shards from all over the folder, whose rows can be labelled."""
+    paths = common.list_shards(frames_dir)
+    return [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, at_most).astype(int))]
+
+
+def load_labelled(frames_dir, latents_dir, dynamics):
+    """z float32 (n, Z) and true actions int64 (n,) of all valid rows of labelled_shards()."""
+    z, actions = [], []
+    for path in labelled_shards(frames_dir):
+        shard_z, valid = common.read_latents(path, latents_dir, dynamics)
         z.append(shard_z[valid])
-        actions.append(common.read_actions(paths[i])[valid])
+        actions.append(common.read_actions(path)[valid])
     z, actions = np.concatenate(z), np.concatenate(actions)
     return torch.from_numpy(z).float(), torch.from_numpy(actions).long()
 

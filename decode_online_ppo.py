@@ -444,7 +444,8 @@ def main(args):
             )  # fmt: skip
     log.bar.close()
     print(f"{args.method}: mean return {curve['returns'][-1]:.2f}; {output}.npz, .pt, .png, .csv")
-    common.print_next(f"visualize_latents.py --game {args.game}", args)
+    if (run / "latent_dynamics.pt").exists():  # not in ILPO's folder
+        common.print_next(f"visualize_latents.py --game {args.game}", args)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,10 @@ class Args:
     frame_size: Literal[64, 32, 16] = 64
     """Side of the frames in pixels; below 64 (the paper's), means of blocks."""
     stride: int = 1
-    """Takes every stride-th picture; what an agent does should change the next one visibly."""
+    """Of a video, takes every stride-th picture; an action should change the next one visibly."""
     cut: float = 0.15
-    """Mean absolute change of a pixel, as a fraction of its range, that starts an episode."""
+    """Of a video: mean absolute change of a pixel, as a fraction of its range, that starts an
+    episode."""
     test_fraction: float = 0.1
     """Of the frames, the last ones; held out."""
     overwrite: bool = False

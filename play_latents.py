@@ -1,8 +1,9 @@
 """Play a latent world: keys choose latent actions, the FDM draws what follows, in a browser.
 
-Keys 1 to 9 are the middles of the largest k-means clusters of held-out latents. Beside the FDM's
-open-loop rollout the real game, if there are labels and Procgen is installed, starts a new episode
-at each R and takes the cluster's most frequent true action. The page loads nothing from elsewhere.
+Keys 1 to 9 are the middles of nine k-means clusters of held-out latents, largest first. Beside the
+FDM's open-loop rollout the real game, if there are labels and Procgen is installed, starts a new
+episode at each R and takes the cluster's most frequent true action. The page loads nothing from
+elsewhere.
 
 reads   runs/<game>/latent_dynamics.pt, test/latents_NNN.npz, data/<game>/test/frames_NNN.npz and,
         if there, labels_NNN.npz
@@ -133,7 +134,7 @@ class World:
         self.z_q, self.keys = z_q[middle], []
         actions = common.true_actions_to_report_on(store, rows)
         if args.game not in common.GAMES:
-            actions = None  # has no names for them
+            actions = None  # only Procgen's actions have names
         self.actions = None if actions is None else []
         for i, row in enumerate(middle):
             inside = cluster == i

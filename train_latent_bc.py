@@ -8,7 +8,7 @@ reads   data/<game>/{train,test}/frames_NNN.npz, runs/<game>/{train,test}/latent
 writes  runs/<game>/latent_policy.pt, train_latent_bc.csv
 
 paper scale   python train_latent_bc.py --game bigfish
-on a CPU      python train_latent_bc.py --game miner --multiplier 0.5 --lr 1e-3 --grad-steps 1500
+on a CPU      python train_latent_bc.py --game miner --multiplier 1 --lr 1e-3 --grad-steps 2500
                   --warmup-steps 100 --standardize --eval-every 500
 """
 

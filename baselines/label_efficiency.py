@@ -6,7 +6,7 @@ lapo_plus   the decoder labels every stored z_t, a policy clones that (arXiv 260
 bc_all      clones all frames with their true labels: the ceiling, one policy for each seed
 
 Policies are the latent policy's network with 15 outputs: one for each N and seed, 50 a method at
-the defaults, each with a sixth of stage 2's updates, on minibatches that they share. Labelled rows,
+the defaults. Those that clone all frames share minibatches, a sixth of stage 2's. Labelled rows,
 held-out rows, games and numbers of episodes are those of decode_offline.py.
 
 reads   data/<game>/{train,test}/frames_NNN.npz, labels_NNN.npz, runs/<game>/latent_policy.pt,
@@ -65,10 +65,9 @@ class Args(decode_offline.Args):
 # --- training -------------------------------------------------------------------------------------
 
 
-def load_windows(frames_dir, latents_dir, dynamics, game, context, rows, size, max_shards=16):
+def load_windows(frames_dir, latents_dir, dynamics, game, context, rows, size):
     """uint8 (n, k + 2, S, S, 3): o_{t-k} .. o_{t+1} of the rows int [n] of load_labelled()."""
-    paths, start = common.list_shards(frames_dir), 0
-    paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, max_shards).astype(int))]
+    paths, start = decode_offline.labelled_shards(frames_dir), 0
     windows = np.empty((len(rows), context + 2, size, size, 3), np.uint8)
     where = dict(game=game, context=context, latents_dir=latents_dir, dynamics=dynamics)
     for _, obs, valid, _, _ in common.read_ahead(paths, **where):

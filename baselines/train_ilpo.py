@@ -15,7 +15,7 @@ is LAPO's (A.4). Edwards et al. label online transitions with their nearest late
 to actions; here PPO alone decodes, from the latent policy's features (--method rl).
 
 reads   data/<game>/{train,test,random}/frames_NNN.npz (labels, if there, for metrics only)
-writes  runs/ilpo/<game>/latent_policy.pt, ilpo_generator.pt, train_ilpo.csv
+writes  runs/ilpo/<game>/latent_policy.pt, train_ilpo.csv
 
 paper scale   python -m baselines.train_ilpo --game bigfish
   then        python decode_online_ppo.py --game bigfish --method rl --runs-dir runs/ilpo
@@ -225,11 +225,6 @@ def main(args):
             if metrics["perplexity"] < 1.5:
                 log.bar.write("warning: one latent stands for nearly every change (collapse)")
             common.save_checkpoint(
-                run / "ilpo_generator.pt", kind="ilpo_generator", game=args.game,
-                grad_step=grad_step, settings=store.settings, frame_size=size, context=k,
-                latents=latents, fdm_width=args.fdm_width, generator=generator.state_dict(),
-            )  # fmt: skip
-            common.save_checkpoint(
                 output, kind="latent_policy", game=args.game, grad_step=grad_step,
                 settings=store.settings, frame_size=size, context=k, z_dim=latents,
                 multiplier=args.multiplier, dynamics=common.fingerprint(generator),
@@ -238,7 +233,7 @@ def main(args):
             common.save_state(state, args, grad_step, parts)
     log.bar.close()
     common.load_checkpoint(output, "latent_policy", args.game)  # fails if it has been lost since
-    print(f"latent policy and generator: {run}")
+    print(f"latent policy: {output}")
     common.print_next(f"decode_online_ppo.py --game {args.game} --method rl", args)
 
 

@@ -13,8 +13,9 @@ writes  otherwise that and its learning curve, .csv; data/<game>/{train,test,ran
         noise float32 [N, A], added to the mean action before clipping (random: the action)
 
 at 64x64      python -m continuous_control.collect_dmc --game cheetah_run
-on a CPU      python -m continuous_control.collect_dmc --game cheetah_run --plain --frame-size 32
-                  --action-repeat 4 --train-episodes 128 --test-episodes 16 --random-episodes 32
+on a CPU      python -m continuous_control.collect_dmc --game cheetah_run --plain --gray-stack
+                  --frame-size 32 --action-repeat 4 --noise 0.4 --train-episodes 256
+                  --test-episodes 16 --random-episodes 32
 """
 
 import os

@@ -38,7 +38,7 @@ class Args(common.RunArgs):
     resume: bool = False
     """Continue the run that was stopped; its environments start new episodes."""
     log_every_steps: int = 50_000
-    """Environment steps between points of the curve, checkpoints and saved states."""
+    """Environment steps between points of the curve and saved states."""
 
     method: Literal["rl_sl", "rl"] = "rl_sl"
     """rl_sl: decoder and RL head; rl: RL head alone."""

@@ -5,8 +5,8 @@ beside an untrained IDM and one trained on true actions? How well the noise on t
 of which the frames before say nothing? What does the FDM predict where z is moved along its
 principal directions? True actions are for metrics only.
 
-reads   runs/<game>/latent_dynamics.pt, {train,test}/latents_NNN.npz,
-        data/<game>/{train,test,random}/frames_NNN.npz, labels_NNN.npz
+reads   runs/<game>/latent_dynamics.pt, data/<game>/{train,test,random}/frames_NNN.npz,
+        labels_NNN.npz
 writes  runs/<game>/latents.npz (metrics), latents.png (maps), film.png, film.gif (rollouts)
 
 at 64x64      python -m continuous_control.visualize_dmc --game cheetah_run

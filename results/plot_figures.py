@@ -31,7 +31,7 @@ import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from visualize_latents import ACTION_COLORS
+from visualize_latents import ACTION_COLORS, save_figure
 
 PAPER_SCALE = "64x64, all levels"
 PROBES = ("random_probe", "random_probe_untrained", "random_majority")  # of latents.npz
@@ -218,9 +218,7 @@ def plot(path, text, results, games, panels):
     scales = ";\n".join(sorted({results.scales[game] for game in games}))
     scale = f"{'paper' if results.at_paper_scale else 'laptop'} scale: {scales}"
     figure.suptitle(f"{text}\n{scale}", fontsize=13)
-    with common.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
     print(f"figure: {path}")
 
 
@@ -239,7 +237,8 @@ def draw_curves(axes, results, names, game=None):
         shown, note = {g: ours[g] for g in ours if g in games}, f"{s.label}: the paper's"
         if shown:
             mean, std = (y[row] for y in over_games(shown))
-            note = f"{s.label} ({len(ours)} games, {sum(map(len, ours.values()))} runs)"
+            runs = ours if game else shown  # panels of single games share a legend
+            note = f"{s.label} ({len(runs)} games, {sum(map(len, runs.values()))} runs)"
             axes.plot(x, mean, color=s.color, linewidth=2, label=note)
             axes.fill_between(x, mean - std, mean + std, color=s.color, alpha=0.2, linewidth=0)
         theirs = results.paper.get(name, {}).get(game or "aggregate")
@@ -272,7 +271,7 @@ def probes(results, file, game):
 def draw_latents(axes, results, file, game):
     """Map of the first seed's latents, colored by true action; equivalent actions are merged."""
     run = next(run for key, run in results.runs.items() if key[:2] == (file, game))
-    actions = common.distinct_actions(game)[run["action"]]
+    actions = run["action"]
     axes.scatter(*run["xy"].T, s=5, c=ACTION_COLORS[actions], linewidths=0)
     for action in np.unique(actions):
         axes.scatter([], [], s=60, color=ACTION_COLORS[action], label=common.ACTIONS[action])

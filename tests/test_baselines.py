@@ -109,11 +109,8 @@ def test_ilpo_needs_no_labels_and_its_policy_is_decoded_online(work):
     assert "would replace; see --runs-dir" in fails(run, ilpo, work, game=GAME)
     (run_dir / "latent_dynamics.pt").unlink()
     run(ilpo, work, game=GAME, context=2, grad_steps=2)
-    before, saved = load(run_dir / "latent_policy.pt"), load(run_dir / "ilpo_generator.pt")
-    assert before["z_dim"] == saved["latents"] == K and before["context"] == saved["context"] == 2
-    generator = ilpo.FDM(saved["frame_size"], 2, K, saved["fdm_width"], predict_change=True)
-    generator.load_state_dict(saved["generator"])
-    assert before["dynamics"] == common.fingerprint(generator)
+    before = load(run_dir / "latent_policy.pt")
+    assert before["z_dim"] == K and before["context"] == 2
     run(decode_online_ppo, work, game=GAME, method="rl", env_steps=1280)
     after = load(run_dir / "decode_online_rl.pt")["latent_policy"]
     assert all(torch.equal(after[name], weight) for name, weight in before["policy"].items())

@@ -49,7 +49,7 @@ def run_and_kill(script, args, updates_after_the_save):
 CASES = {  # script: its flags, updates between save and kill, a file that it makes
     stage1: (dict(grad_steps=6), 1, "latents_001.npz"),
     stage2: (dict(grad_steps=6), 1, "latent_policy.pt"),
-    ilpo: (dict(grad_steps=6, runs_dir=Path("runs/ilpo")), 1, "ilpo_generator.pt"),
+    ilpo: (dict(grad_steps=6, runs_dir=Path("runs/ilpo")), 1, "latent_policy.pt"),
     online: (dict(env_steps=1536, log_every_steps=512, refit_until=1100), 30, "rl_sl.npz"),
     collect_data: (dict(expert_steps=12 * 128, train_frames=0), 9, "experts/bigfish.pt"),
 }
