@@ -18,6 +18,7 @@ on a CPU      python -m continuous_control.collect_dmc --game cheetah_run --plai
                   --test-episodes 16 --random-episodes 32
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -121,7 +122,7 @@ class ControlEnvs:
     """`num_envs` environments of a task that step together, with the interface of ProcgenEnvs.
 
     settings: a dict with game, frame_size (0: nothing is rendered, obs are the states), plain and,
-    if wanted, action_repeat and gray_stack.
+    if wanted, action_repeat, gray_stack and episode_steps.
     states: float32 [B, D], the suite's own observations. obs: uint8 [B, S, S, 3], the frames.
     final_states: float32 [B, D], the last states of the episodes that ended with this step.
     """
@@ -136,9 +137,10 @@ class ControlEnvs:
         self.gray_stack = settings.get("gray_stack", False)
         self.envs, self.finished, self._returns = [], [], np.zeros(num_envs)
         *names, seconds = TASKS[settings["game"]]
+        episode_steps = settings.get("episode_steps", EPISODE_STEPS)
         for i in range(num_envs):
             task = dict(random=np.random.RandomState(common.derive_seed(seed, i)))
-            task["time_limit"] = (EPISODE_STEPS - 0.5) * seconds  # safe from rounding
+            task["time_limit"] = (episode_steps - 0.5) * seconds  # safe from rounding
             self.envs.append(suite.load(*names, task))
             model = self.envs[-1].physics.model
             model.vis.global_.offwidth = model.vis.global_.offheight = 64
@@ -305,30 +307,51 @@ def train_expert(args, settings, path):
 
 
 @torch.no_grad()
-def record(settings, act, num_episodes, seed, folder, overwrite):
-    """Records whole episodes, EPISODES_PER_SHARD in a shard, one after the other.
-
-    act: states float32 [B, D] -> actions, noise float32 [B, A]. The folder appears when complete.
+def record_shard(shard, folder, settings, policy):
+    """Records episodes that step together; policy None: random actions. Returns their returns,
+    float32 [B]. shard: its number and B.
     """
-    steps = EPISODE_STEPS // settings["action_repeat"]
-    bar, returns = common.progress_bar(num_episodes * steps, "frame", folder.name), []
+    shard, b = shard
+    seed = common.derive_seed(settings["seed"], f"{settings['split']} {shard}")
+    generator = torch.Generator().manual_seed(common.derive_seed(seed, "actions"))
+    envs, columns = ControlEnvs(settings, b, seed), []
+    for step in range(settings["episode_steps"] // settings["action_repeat"]):
+        if policy is None:
+            action = noise = 2 * torch.rand(b, envs.num_actions, generator=generator) - 1
+        else:
+            distribution = policy(torch.from_numpy(envs.states))[0]
+            unit = torch.randn(2, b, envs.num_actions, generator=generator)
+            sampled = distribution.stddev * unit[0] * (not settings["mean_action"])
+            action = distribution.mean + sampled + settings["noise"] * unit[1]
+            action, noise = action.clamp(-1, 1), action - distribution.mean
+        obs, first, action = envs.obs, np.full(b, step == 0), action.numpy()
+        columns.append((obs, first, action, noise.numpy(), envs.step(action)[1]))
+    envs.close()
+    arrays = (np.stack(x, 1) for x in zip(*columns))  # [B, T, ..]
+    obs, first, action, noise, reward = (x.reshape(-1, *x.shape[2:]) for x in arrays)
+    labels = dict(action=action, reward=reward, noise=noise)
+    common.save_npz(folder / f"frames_{shard:03d}.npz", settings, obs=obs, first=first)
+    common.save_npz(folder / f"labels_{shard:03d}.npz", settings, **labels)
+    return reward.reshape(b, -1).sum(1)
+
+
+def record(settings, policy, num_episodes, folder, overwrite):
+    """Records whole episodes, EPISODES_PER_SHARD in a shard, a shard on each core; the files do not
+    depend on the number of cores. The folder appears when complete.
+    """
+    bar, returns = common.progress_bar(num_episodes, "episode", folder.name), []
+    starts = range(0, num_episodes, EPISODES_PER_SHARD)
+    shards = [(i, min(EPISODES_PER_SHARD, num_episodes - x)) for i, x in enumerate(starts)]
+    workers = min(common.NUM_CORES, len(shards))
+    options = dict(num_workers=workers if workers > 1 else 0)
+    if workers > 1:  # a forked process could not draw with EGL
+        options |= dict(multiprocessing_context="spawn", worker_init_fn=common.die_with_parent)
     with common.new_folder(folder, overwrite) as part:
-        for shard, start in enumerate(range(0, num_episodes, EPISODES_PER_SHARD)):
-            b = min(EPISODES_PER_SHARD, num_episodes - start)
-            envs = ControlEnvs(settings, b, common.derive_seed(seed, f"{folder.name} {shard}"))
-            columns = []
-            for step in range(steps):
-                action, noise = act(envs.states)
-                obs, first = envs.obs, np.full(b, step == 0)
-                columns.append((obs, first, action, noise, envs.step(action)[1]))
-                bar.update(b)
-            envs.close()
-            arrays = (np.stack(x, 1) for x in zip(*columns))  # [B, T, ..]
-            obs, first, action, noise, reward = (x.reshape(-1, *x.shape[2:]) for x in arrays)
-            returns += list(reward.reshape(b, -1).sum(1))
-            labels = dict(action=action, reward=reward, noise=noise)
-            common.save_npz(part / f"frames_{shard:03d}.npz", settings, obs=obs, first=first)
-            common.save_npz(part / f"labels_{shard:03d}.npz", settings, **labels)
+        arguments = dict(folder=part, settings=settings, policy=policy)
+        options["collate_fn"] = functools.partial(record_shard, **arguments)
+        for shard_returns in torch.utils.data.DataLoader(shards, None, **options):
+            returns += list(shard_returns)
+            bar.update(len(shard_returns))
     bar.close()
     mean, size = np.mean(returns), sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     print(f"{folder.name}: {num_episodes} episodes, mean return {mean:.1f}, {size:,.0f} MB")
@@ -343,7 +366,7 @@ def main(args):
     pick_renderer()
     torch.manual_seed(args.seed)
     names = ("game", "plain", "action_repeat", "gray_stack")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in names} | dict(episode_steps=EPISODE_STEPS)
     path = args.experts_dir / f"{args.game}_x{args.action_repeat}.pt"
     if not path.exists():
         print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps, to {path}")
@@ -352,20 +375,10 @@ def main(args):
     policy = ExpertPolicy(*expert["sizes"])
     policy.load_state_dict(expert["policy"])
 
-    def act(states):
-        distribution = policy(torch.from_numpy(states))[0]
-        action = distribution.mean if args.mean_action else distribution.sample()
-        action = action + args.noise * torch.randn_like(action)
-        return action.clamp(-1, 1).numpy(), (action - distribution.mean).numpy()
-
-    def act_at_random(states):
-        action = 2 * torch.rand(len(states), expert["sizes"][1]).numpy() - 1
-        return action, action
-
     # the returns of the expert, without noise, and of random actions go into the files
     players = dict(
         expert=lambda states: policy(torch.from_numpy(states))[0].mean.numpy(),
-        random=lambda states: act_at_random(states)[0],
+        random=lambda states: 2 * torch.rand(len(states), expert["sizes"][1]).numpy() - 1,
     )
     for name, player in players.items():
         seed = common.derive_seed(args.seed, name)
@@ -377,9 +390,8 @@ def main(args):
     settings |= dict(frame_size=args.frame_size, seed=args.seed, noise=args.noise)
     settings |= dict(mean_action=args.mean_action, expert=common.fingerprint(policy))
     for split, folder in folders.items() if args.train_episodes else ():
-        torch.manual_seed(common.derive_seed(args.seed, split))
-        player, count = act_at_random if split == "random" else act, counts[split]
-        record(settings | dict(split=split), player, count, args.seed, folder, args.overwrite)
+        player = None if split == "random" else policy
+        record(settings | dict(split=split), player, counts[split], folder, args.overwrite)
     common.print_next(f"train_latent_dynamics.py --game {args.game}", args)
 
 
