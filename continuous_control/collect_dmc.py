@@ -308,11 +308,12 @@ def train_expert(args, settings, path):
 
 @torch.no_grad()
 def record_shard(shard, folder, settings, policy):
-    """Records episodes that step together; policy None: random actions. Returns their returns,
-    float32 [B]. shard: its number and B.
+    """Records the B episodes of a shard, which step together; policy None: random actions.
+
+    shard: its number and B. Returns the episodes' returns, float32 [B].
     """
-    shard, b = shard
-    seed = common.derive_seed(settings["seed"], f"{settings['split']} {shard}")
+    number, b = shard
+    seed = common.derive_seed(settings["seed"], f"{settings['split']} {number}")
     generator = torch.Generator().manual_seed(common.derive_seed(seed, "actions"))
     envs, columns = ControlEnvs(settings, b, seed), []
     for step in range(settings["episode_steps"] // settings["action_repeat"]):
@@ -330,8 +331,8 @@ def record_shard(shard, folder, settings, policy):
     arrays = (np.stack(x, 1) for x in zip(*columns))  # [B, T, ..]
     obs, first, action, noise, reward = (x.reshape(-1, *x.shape[2:]) for x in arrays)
     labels = dict(action=action, reward=reward, noise=noise)
-    common.save_npz(folder / f"frames_{shard:03d}.npz", settings, obs=obs, first=first)
-    common.save_npz(folder / f"labels_{shard:03d}.npz", settings, **labels)
+    common.save_npz(folder / f"frames_{number:03d}.npz", settings, obs=obs, first=first)
+    common.save_npz(folder / f"labels_{number:03d}.npz", settings, **labels)
     return reward.reshape(b, -1).sum(1)
 
 

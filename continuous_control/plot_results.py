@@ -19,17 +19,18 @@ from visualize_latents import save_figure
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-VARIANTS = {  # folder: name, color, line
-    "lapo_match": ("LAPO, decoder on the policy, std matched", "C3", "-"),
-    "untrained_match": ("the same, untrained IDM", "C3", ":"),
-    "cloning_match": ("cloning the labelled frames alone, std matched", "C7", "--"),
-    "lapo_policy": ("LAPO, decoder on the policy", "C1", "-"),
-    "untrained_policy": ("the same, untrained IDM", "C1", ":"),
-    "vq_policy": ("LAPO with VQ, decoder on the policy", "C2", "-"),
-    "lapo_idm": ("LAPO, decoder on z_t (the paper)", "C0", "-"),
-    "untrained_idm": ("the same, untrained IDM", "C0", ":"),
-    "cloning": ("cloning the labelled frames alone", "C5", "--"),
-    "cloning_all": ("cloning all true actions", "C4", "-."),
+VARIANTS = {  # folder: name, color, line, ending of the arrays' names
+    "lapo_match": ("LAPO, decoder on the policy, std matched", "C3", "-", ""),
+    "untrained_match": ("the same, untrained IDM", "C3", ":", ""),
+    "vq_match": ("the same, with VQ", "C2", "-", ""),
+    "cloning_match": ("cloning the labelled frames alone, std matched", "C7", "--", "_bc"),
+    "lapo_policy": ("LAPO, decoder on the policy", "C1", "-", ""),
+    "untrained_policy": ("the same, untrained IDM", "C1", ":", ""),
+    "vq_policy": ("LAPO with VQ, decoder on the policy", "C2", "--", ""),
+    "lapo_idm": ("LAPO, decoder on z_t (the paper)", "C0", "-", ""),
+    "untrained_idm": ("the same, untrained IDM", "C0", ":", ""),
+    "cloning": ("cloning the labelled frames alone", "C5", "--", "_bc"),
+    "cloning_all": ("cloning all true actions", "C4", "-.", "_bc_all"),
 }
 ROWS = dict(returns="return", policy_r2="R² from o_t", r2="R² of the decoder")  # array: row
 
@@ -41,10 +42,9 @@ class Args:
 
 
 def read(paths, name):
-    """An array of each file, [L, decoders], whatever its ending; those without it are left out."""
+    """An array of each file, [L, decoders]; files without it are left out."""
     files = [common.load_npz(path) for path in paths]
-    names = [name + ending for ending in ("", "_bc", "_bc_all")]
-    return [next(file[x] for x in names if x in file) for file in files if {*names} & {*file}]
+    return [file[name] for file in files if name in file]
 
 
 def mean_and_std(seeds):
@@ -59,12 +59,12 @@ def plot_game(args, game):
     """Writes the figure of one game and prints its table."""
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
     lines = {}
-    for variant, (label, color, style) in VARIANTS.items():
+    for variant, (label, color, style, ending) in VARIANTS.items():
         paths = sorted(args.results_dir.glob(f"{variant}/seed_*/{game}/decode_dmc.npz"))
         if not paths:
             continue
         labels, settings = common.load_npz(paths[0], ["labels"]).values()
-        returns = read(paths, "returns")
+        returns = read(paths, f"returns{ending}")
         mean, std = (np.broadcast_to(x, labels.shape) for x in mean_and_std(returns))  # bc_all: [1]
         count = f"{len(returns)} x {returns[0].shape[1]}"
         axes.plot(labels, mean, style, color=color, marker=".", label=f"{label} ({count})")
@@ -72,7 +72,7 @@ def plot_game(args, game):
         for name, row in ROWS.items():
             row = f"{game}, {row} with {', '.join(map(str, labels))} labels"
             digits = 0 if name == "returns" else 2
-            if seeds := read(paths, name):
+            if seeds := read(paths, name + ending):
                 cells = [f"{m:.{digits}f} ± {s:.{digits}f}" for m, s in zip(*mean_and_std(seeds))]
                 lines.setdefault(row, []).append(f"| {variant} ({count}) | {' | '.join(cells)} |")
     for name, style in (("expert", "--"), ("random", ":")):

@@ -41,6 +41,7 @@ def root(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect_dmc, "EPISODE_STEPS", STEPS)
         patch.setattr(collect_dmc, "EPISODES_PER_SHARD", 2)
+        patch.setattr(common, "NUM_CORES", 2)
         try:
             collect_dmc.pick_renderer()
         except SystemExit as error:
@@ -116,11 +117,14 @@ def test_an_expert_resumes_after_the_last_saved_update(tmp_path, monkeypatch, ca
     assert all(moved) and not list(tmp_path.glob("experts/*_state.pt"))
 
 
-def test_the_same_seed_records_the_same_and_noise_is_added_to_the_mean(root, tmp_path):
+def test_the_same_seed_records_the_same_and_noise_is_added_to_the_mean(root, tmp_path, monkeypatch):
     (tmp_path / "experts").symlink_to(root / "experts")  # trained here, or before: no difference
-    collect(tmp_path, train_episodes=1)
-    first, again = read(root, "test")[0], read(tmp_path, "test")[0]
-    assert all(np.array_equal(first[name], again[name]) for name in first)
+    monkeypatch.setattr(common, "NUM_CORES", 1)  # no other processes
+    collect(tmp_path)
+    for split, shard in (("train", 0), ("train", 1), ("test", 0), ("random", 0)):
+        first, again = read(root, split, shard)[0], read(tmp_path, split, shard)[0]
+        assert all(np.array_equal(first[name], again[name]) for name in first)
+    first = read(root, "test")[0]
     collect(tmp_path, train_episodes=1, noise=0, overwrite=True)
     mean, expert = read(tmp_path, "test")[0], torch.load(root / f"experts/{GAME}_x1.pt")
     policy = collect_dmc.ExpertPolicy(*expert["sizes"])
