@@ -72,7 +72,7 @@ class Args(common.RunArgs):
     decoder_seeds: int = 5
     """Decoders for each N, each with frames of its own (the paper: 3 seeds)."""
     decoder_steps: int = 1000
-    """Updates of a decoder, and of a policy that clones labelled frames alone."""
+    """Updates of a decoder, and of a policy that trains on the labelled frames."""
     decoder_lr: float = 1e-3
     """Learning rate of Adam for both; it falls to 0 linearly."""
     clone_steps: int = 10_000
