@@ -345,7 +345,7 @@ def record(settings, policy, num_episodes, folder, overwrite):
     shards = [(i, min(EPISODES_PER_SHARD, num_episodes - x)) for i, x in enumerate(starts)]
     workers = min(common.NUM_CORES, len(shards))
     options = dict(num_workers=workers if workers > 1 else 0)
-    if workers > 1:  # a forked process could not draw with EGL
+    if workers > 1:  # forked processes would share this one's EGL display
         options |= dict(multiprocessing_context="spawn", worker_init_fn=common.die_with_parent)
     with common.new_folder(folder, overwrite) as part:
         arguments = dict(folder=part, settings=settings, policy=policy)
