@@ -3,8 +3,8 @@
 For each number of labels N and each seed, a decoder regresses the true action from the IDM's z_t
 on N labelled frames, and plays in the suite on top of the frozen latent policy: action =
 decoder(policy(o_t)). With --decode-from policy, it is fitted on what it plays on, the policy's last
-hidden layer, in place of z_t; with --decode-from finetune, the policy's layers are trained on the
-labelled frames, too. --match-std undoes the shrinking of regression. Beside it play, as controls:
+hidden layer, in place of z_t. --match-std undoes the shrinking of regression. Beside it play, as
+controls:
 
 bc       a policy that clones the N labelled frames alone: what the video adds is the difference
 bc_all   a policy that clones all frames with their true labels: the ceiling
@@ -24,7 +24,6 @@ on a CPU      python -m continuous_control.decode_dmc --game cheetah_run --label
                   --clone-steps 3000 --clone-lr 1e-3
 """
 
-import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -62,17 +61,16 @@ class Args(common.RunArgs):
     """What to fit and play."""
     labels: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     """Numbers of labelled frames, N (Figure 4)."""
-    decode_from: Literal["idm", "policy", "finetune"] = "idm"
+    decode_from: Literal["idm", "policy"] = "idm"
     """Fit decoders on the IDM's z_t (the paper), or on the last hidden layer of the latent policy,
-    of which its latent is a linear map; LAOM (arXiv 2502.00379) decodes LAPO here from both. Or
-    train all layers of the policy under a new linear one, as LAPA (arXiv 2410.11758) does."""
+    of which its latent is a linear map; LAOM (arXiv 2502.00379) decodes LAPO here from both."""
     match_std: bool = False
     """Scale the actions of each decoder and clone about their mean, so that their std on frames
     without labels is that of the labelled actions: regression shrinks it. Not in the paper."""
     decoder_seeds: int = 5
     """Decoders for each N, each with frames of its own (the paper: 3 seeds)."""
     decoder_steps: int = 1000
-    """Updates of a decoder, and of a policy that trains on the labelled frames."""
+    """Updates of a decoder, and of a policy that clones the labelled frames."""
     decoder_lr: float = 1e-3
     """Learning rate of Adam for both; it falls to 0 linearly."""
     clone_steps: int = 10_000
@@ -232,7 +230,6 @@ def main(args):
     test_rows = test.rows[torch.randperm(len(test.rows))[:4096]]
     test_obs, test_actions = test.frames_at(test_rows), read_labels(test)[test_rows]
     from_idm, num_actions = args.decode_from == "idm", actions.shape[1]
-    finetune = args.decode_from == "finetune"
     encoder = policy if from_idm else HiddenLayer(policy)
 
     def inputs_at(frames, rows):
@@ -255,12 +252,7 @@ def main(args):
             generator = torch.Generator().manual_seed(common.derive_seed(args.seed, seed))
             torch.manual_seed(common.derive_seed(args.seed, f"weights {seed}"))
             rows = store.rows[torch.randperm(len(store.rows), generator=generator)[: counts[i]]]
-            if method == "lapo" and finetune:
-                network = nn.Sequential(copy.deepcopy(encoder), nn.Linear(256, num_actions))
-                nn.init.zeros_(network[1].weight)
-                network.to(device).requires_grad_(True)
-                fit(network, store.frames_at, rows, actions[rows], *updates, generator)
-            elif method == "lapo":
+            if method == "lapo":
                 decoder = RegressionDecoder(some.shape[1], num_actions).to(device)
                 decoder.mean.copy_(some.mean(0))
                 decoder.std.copy_(some.std(0) + 1e-6)
@@ -281,7 +273,7 @@ def main(args):
         bar.close()
         ending = "" if method == "lapo" else f"_{method}"
         arrays |= {f"returns{ending}": returns, f"policy_r2{ending}": from_frames}
-        arrays |= dict(r2=fitted) if method == "lapo" and not finetune else {}
+        arrays |= dict(r2=fitted) if method == "lapo" else {}
     mean_action = MeanAction(actions[store.rows].mean(0))
     arrays["mean_return"] = play(mean_action, settings | dict(frame_size=0), args, device)
 

@@ -24,8 +24,6 @@ VARIANTS = {  # folder: name, color, line, ending of the arrays' names
     "untrained_match": ("the same, untrained IDM", "C3", ":", ""),
     "vq_match": ("the same, with VQ", "C2", "-", ""),
     "cloning_match": ("cloning the labelled frames alone, std matched", "C7", "--", "_bc"),
-    "lapo_finetune": ("LAPO, all layers of the policy fitted, std matched", "C6", "-", ""),
-    "untrained_finetune": ("the same, untrained IDM", "C6", ":", ""),
     "lapo_policy": ("LAPO, decoder on the policy", "C1", "-", ""),
     "untrained_policy": ("the same, untrained IDM", "C1", ":", ""),
     "vq_policy": ("LAPO with VQ, decoder on the policy", "C2", "--", ""),

@@ -266,27 +266,6 @@ def test_decoding_from_the_policy_fits_its_last_hidden_layer(root, monkeypatch):
     torch.testing.assert_close(played[0](obs), decoder(hidden))
 
 
-def test_finetuning_trains_a_copy_of_the_latent_policy_for_each_decoder(root, monkeypatch):
-    flags = dict(game=GAME, device="cpu", data_dir=root / "data", runs_dir=root / "runs")
-    flags |= dict(labels=(8,), decoder_seeds=2, methods=("lapo",), decode_from="finetune")
-    before, after, plain_fit = [], [], decode_dmc.fit
-
-    def fit(network, *rest):
-        before.append({name: x.clone() for name, x in network[0].policy.state_dict().items()})
-        plain_fit(network, *rest)
-        after.append({name: x.clone() for name, x in network[0].policy.state_dict().items()})
-
-    monkeypatch.setattr(decode_dmc, "fit", fit)
-    monkeypatch.setattr(decode_dmc, "play", lambda *_: 0.0)
-    decode_dmc.main(decode_dmc.Args(**flags | dict(untrained_dir=root / "none", decoder_steps=2)))
-    saved = torch.load(root / f"runs/{GAME}/latent_policy.pt")["policy"]
-    for name, weights in saved.items():
-        assert torch.equal(before[0][name], weights) and torch.equal(before[1][name], weights)
-        trained = name.endswith(("weight", "bias")) and not name.startswith("head")
-        assert torch.equal(after[0][name], weights) != trained
-    assert "r2" not in np.load(root / f"runs/{GAME}/decode_dmc.npz")  # no decoder of latents
-
-
 def test_match_std_gives_decoded_actions_the_std_of_labelled_ones(root, monkeypatch):
     decoded, labelled = torch.randn(500, 6) * 0.1 + 0.2, torch.rand(40, 6) * 2 - 1
     matched = decode_dmc.MatchStd(decoded, labelled)(decoded)
