@@ -277,6 +277,15 @@ def in_batches(model, *inputs, batch_size=512):
     return torch.cat([model(*parts) for parts in zip(*(x.split(batch_size) for x in inputs))])
 
 
+def as_stored(z):
+    """z (B, Z) as files hold it, float16; ends the run if it has grown beyond that. Without VQ, the
+    FDM's batch normalization can hide its scale from the loss (results/LOG.md).
+    """
+    if not (stored := z.half()).isfinite().all():
+        common.fail(f"latents have grown to {z.abs().max():.0e}, beyond float16; try a lower --lr")
+    return stored
+
+
 @torch.no_grad()
 def evaluate(idm, quantizer, fdm, test_windows, probe_windows, probe_actions):
     """Metrics of held-out windows uint8 (N, k + 2, S, S, 3), as a dict. The probe of probe_actions
@@ -284,7 +293,8 @@ def evaluate(idm, quantizer, fdm, test_windows, probe_windows, probe_actions):
     on the rest.
     """
     idm.eval(), quantizer.eval(), fdm.eval()
-    z_q, _, codes = quantizer(in_batches(idm, test_windows))
+    as_stored(z := in_batches(idm, test_windows))  # ends a run that has diverged
+    z_q, _, codes = quantizer(z)
     predicted = in_batches(fdm, test_windows[:, :-1], z_q)
     copied, target = (common.to_input(test_windows[:, i, None]) for i in (-2, -1))
     metrics = dict(test_mse=F.mse_loss(predicted, target), copy_mse=F.mse_loss(copied, target))
@@ -314,7 +324,7 @@ def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device
         for rows in torch.from_numpy(np.flatnonzero(valid)).split(1024):
             windows = torch.from_numpy(obs)[rows[:, None] + torch.arange(-context, 2)].to(device)
             batch_z = idm(windows)  # (B, Z)
-            z[rows], codes[rows] = batch_z.half().cpu(), quantizer(batch_z)[2].byte().cpu()
+            z[rows], codes[rows] = as_stored(batch_z).cpu(), quantizer(batch_z)[2].byte().cpu()
         name = path.name.replace("frames", "latents")
         common.save_npz(latents_dir / name, settings, z=z, codes=codes, valid=valid)
         bar.update()

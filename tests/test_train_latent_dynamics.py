@@ -246,3 +246,18 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
     checkpoint = load(root / "runs/maze/latent_dynamics.pt")
     assert checkpoint["grad_step"] == 0
     assert all(weight.isfinite().all() for weight in checkpoint["idm"].values())
+
+
+def test_latents_beyond_float16_end_the_run_before_the_checkpoint(tmp_path, monkeypatch):
+    root, plain = write_toy_data(tmp_path), stage1.dynamics_loss
+
+    def diverge(idm, *rest):
+        with torch.no_grad():
+            idm.head.bias.fill_(7e4)
+        return plain(idm, *rest)
+
+    monkeypatch.setattr(stage1, "dynamics_loss", diverge)
+    assert "beyond float16; try a lower --lr" in fails(run, stage1, root, vq=False)
+    assert load(root / "runs/maze/latent_dynamics.pt")["grad_step"] == 0
+    z = torch.tensor([[65_504.0, -1.5]])  # the largest number of float16
+    assert stage1.as_stored(z).tolist() == z.tolist()
