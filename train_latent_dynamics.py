@@ -282,7 +282,8 @@ def as_stored(z):
     FDM's batch normalization can hide its scale from the loss (results/LOG.md).
     """
     if not (stored := z.half()).isfinite().all():
-        common.fail(f"latents have grown to {z.abs().max():.0e}, beyond float16; try a lower --lr")
+        size = f"{z.abs().max():.0e}"
+        common.fail(f"latents have grown to {size}, beyond float16; try --z-std 0 or a lower --lr")
     return stored
 
 
