@@ -21,9 +21,9 @@ import matplotlib.pyplot as plt
 
 VARIANTS = {  # folder: name, color, line, ending of the arrays' names
     "lapo_match": ("LAPO, decoder on the policy, std matched", "C3", "-", ""),
-    "wide_match": ("the same, wider IDM and FDM", "C6", "-", ""),
     "untrained_match": ("the same, untrained IDM", "C3", ":", ""),
-    "vq_match": ("the same, with VQ", "C2", "-", ""),
+    "wide_match": ("LAPO, wider IDM and FDM, std matched", "C6", "-", ""),
+    "vq_match": ("LAPO with VQ, std matched", "C2", "-", ""),
     "cloning_match": ("cloning the labelled frames alone, std matched", "C7", "--", "_bc"),
     "lapo_policy": ("LAPO, decoder on the policy", "C1", "-", ""),
     "untrained_policy": ("the same, untrained IDM", "C1", ":", ""),
