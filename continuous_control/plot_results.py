@@ -1,8 +1,9 @@
-"""Plots and tabulates decoded returns against labels, over seeds, of continuous control (A.3).
+"""Plots and tabulates returns over seeds of continuous control (A.3): decoded offline, against
+labels, and online, against steps.
 
-reads   <results-dir>/<variant>/seed_<n>/<game>/decode_dmc.npz, the runs folders of decode_dmc.py;
-        VARIANTS names those in results/continuous_control
-writes  <results-dir>/figures/<game>.png; prints the same numbers as a table
+reads   <results-dir>/<variant>/seed_<n>/<game>/decode_dmc.npz and decode_online_<method>.npz, the
+        runs folders; VARIANTS and ONLINE name the variants
+writes  <results-dir>/figures/<game>.png, <game>_online.png; prints the same numbers as tables
 
 python -m continuous_control.plot_results
 """
@@ -33,6 +34,11 @@ VARIANTS = {  # folder: name, color, line, ending of the arrays' names
     "cloning": ("cloning the labelled frames alone", "C5", "--", "_bc"),
     "cloning_all": ("cloning all true actions", "C4", "-.", "_bc_all"),
 }
+ONLINE = {  # folder, method: name, color, line
+    ("lapo_match", "rl_sl"): ("LAPO, RL and SL", "C3", "-"),
+    ("lapo_match", "rl"): ("LAPO, RL alone", "C0", "-"),
+    ("untrained_match", "rl_sl"): ("RL and SL, untrained IDM", "C3", ":"),
+}
 ROWS = dict(returns="return", policy_r2="R² from o_t", r2="R² of the decoder")  # array: row
 
 
@@ -56,6 +62,12 @@ def mean_and_std(seeds):
     return values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
 
 
+def plot_references(axes, settings):
+    for name, style in (("expert", "--"), ("random", ":")):
+        value = settings[f"{name}_return"]
+        axes.axhline(value, color="black", linestyle=style, label=f"{name} ({value:.0f})")
+
+
 def plot_game(args, game):
     """Writes the figure of one game and prints its table."""
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
@@ -76,9 +88,7 @@ def plot_game(args, game):
             if seeds := read(paths, name + ending):
                 cells = [f"{m:.{digits}f} ± {s:.{digits}f}" for m, s in zip(*mean_and_std(seeds))]
                 lines.setdefault(row, []).append(f"| {variant} ({count}) | {' | '.join(cells)} |")
-    for name, style in (("expert", "--"), ("random", ":")):
-        value = settings[f"{name}_return"]
-        axes.axhline(value, color="black", linestyle=style, label=f"{name} ({value:.0f})")
+    plot_references(axes, settings)
     axes.set_xscale("log", base=2)
     scale = "laptop scale" if settings["frame_size"] < 64 else "64x64"
     title = f"{game}, {scale}, decoded offline: mean and std over seeds"
@@ -90,13 +100,45 @@ def plot_game(args, game):
         print(f"\n{row}", *cells, sep="\n")
 
 
+def plot_online(args, game):
+    """Writes the figure of decoding online and prints its table."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    print(f"\n{game}, online: return in quarters of the run; of the mean action after it")
+    for (variant, method), (label, color, style) in ONLINE.items():
+        paths = args.results_dir.glob(f"{variant}/seed_*/{game}/decode_online_{method}.npz")
+        if not (files := [common.load_npz(path) for path in sorted(paths)]):
+            continue
+        if len({file["env_steps"].tobytes() for file in files}) > 1:
+            common.fail(f"{variant}/seed_*/{game}: the seeds' runs of {method} differ in steps")
+        returns = np.array([file["returns"] for file in files])  # [seeds, T], NaN: no episode ended
+        quarters = [np.nanmean(x, 1) for x in np.array_split(returns, 4, 1)]
+        row = np.stack([*quarters, [file["mean_return"] for file in files]], 1)[..., None]
+        cells = [f"{m:.0f} ± {s:.0f}" for m, s in zip(*mean_and_std(list(row)))]
+        print(f"| {label} ({len(files)}) | {' | '.join(cells)} |")
+        steps, mean, std = files[0]["env_steps"], *mean_and_std(list(returns[..., None]))
+        axes.plot(steps, mean, style, color=color, label=f"{label} ({len(files)})")
+        axes.fill_between(steps, mean - std, mean + std, color=color, alpha=0.12, linewidth=0)
+        settings = files[0]["settings"]
+    plot_references(axes, settings)
+    title = f"{game}, decoded online: mean and std over seeds"
+    axes.set(xlabel="environment steps", ylabel="mean episodic return", title=title)
+    figure.legend(loc="outside lower center", fontsize="small", ncols=2, title="(seeds)")
+    save_figure(figure, args.results_dir / f"figures/{game}_online.png")
+
+
 def main(args):
-    paths = args.results_dir.glob("*/seed_*/*/decode_dmc.npz")
-    games = sorted({path.parent.name for path in paths})
-    if not games:
-        common.fail(f"{args.results_dir} has no <variant>/seed_<n>/<game>/decode_dmc.npz")
-    for game in games:
-        plot_game(args, game)
+    offline = [f"{x}/seed_*/*/decode_dmc.npz" for x in VARIANTS]
+    online = [f"{x}/seed_*/*/decode_online_{method}.npz" for x, method in ONLINE]
+    jobs = [
+        (plot, game)
+        for plot, patterns in ((plot_game, offline), (plot_online, online))
+        for game in sorted({p.parent.name for x in patterns for p in args.results_dir.glob(x)})
+    ]
+    if not jobs:
+        where = f"<variant>/seed_<n>/<game>/decode_dmc.npz, <variant> of {', '.join(VARIANTS)}"
+        common.fail(f"{args.results_dir} has no {where}")
+    for plot, game in jobs:
+        plot(args, game)
 
 
 if __name__ == "__main__":

@@ -167,4 +167,19 @@ def test_continuous_control_over_seeds_by_hand(tmp_path, capsys):
     assert "| cloning (1 x 2) | 2 ± 1 | 20 ± 14 |" in printed
     assert "| cloning_all (1 x 2) | 0.50 ± 0.00 |" in printed
     assert (tmp_path / "figures/cheetah_run.png").exists()
+    assert not (tmp_path / "figures/cheetah_run_online.png").exists()
     assert "has no" in fails(plot_results.main, plot_results.Args(tmp_path / "none"))
+
+
+def test_continuous_control_online_over_seeds_by_hand(tmp_path, capsys):
+    where = dict(scale=dict(expert_return=700.0, random_return=10.0), game="cheetah_run")
+    file = "lapo_match/decode_online_rl_sl.npz"
+    save_online(tmp_path, [1, 3, 5, 7, 9, 11, 13, np.nan], file, **where, mean_return=20)
+    save_online(tmp_path, [3, 5, 7, 9, 11, 13, 15, 17], file, seed=2, **where, mean_return=24)
+    plot_results.main(plot_results.Args(tmp_path))
+    # means of quarters 2, 6, 10, 13 and 4, 8, 12, 16; std of a sample
+    row = "| LAPO, RL and SL (2) | 3 ± 1 | 7 ± 1 | 11 ± 1 | 14 ± 2 | 22 ± 3 |"
+    assert row in capsys.readouterr().out
+    assert (tmp_path / "figures/cheetah_run_online.png").exists()
+    save_online(tmp_path, [1, 2, 3, 4], file, seed=3, **where, mean_return=1)
+    assert "differ in steps" in fails(plot_results.main, plot_results.Args(tmp_path))
