@@ -18,6 +18,7 @@ on a CPU      python -m continuous_control.collect_dmc --game cheetah_run --plai
                   --test-episodes 16 --random-episodes 32
 """
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -32,6 +33,9 @@ import torch
 import torch.nn as nn
 import tyro
 from collect_data import compute_gae
+
+with contextlib.suppress(ImportError):  # torch without CUDA has none
+    import triton  # noqa: F401  which crashes where Mesa's LLVM, for rendering, has loaded before it
 
 # domain, task, seconds of a step
 TASKS = {"cheetah_run": ("cheetah", "run", 0.01), "walker_walk": ("walker", "walk", 0.025)}
