@@ -35,7 +35,7 @@ import tyro
 from collect_data import compute_gae
 
 with contextlib.suppress(ImportError):  # torch without CUDA has none
-    import triton  # noqa: F401  which crashes where Mesa's LLVM, for rendering, has loaded before it
+    import triton  # noqa: F401  it crashes where the renderer's LLVM has loaded before it
 
 # domain, task, seconds of a step
 TASKS = {"cheetah_run": ("cheetah", "run", 0.01), "walker_walk": ("walker", "walk", 0.025)}
