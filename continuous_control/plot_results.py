@@ -63,6 +63,7 @@ def mean_and_std(seeds):
 
 
 def plot_references(axes, settings):
+    """Horizontal lines at the returns of the expert and of random actions."""
     for name, style in (("expert", "--"), ("random", ":")):
         value = settings[f"{name}_return"]
         axes.axhline(value, color="black", linestyle=style, label=f"{name} ({value:.0f})")

@@ -168,6 +168,7 @@ def test_continuous_control_over_seeds_by_hand(tmp_path, capsys):
     assert "| cloning_all (1 x 2) | 0.50 ± 0.00 |" in printed
     assert (tmp_path / "figures/cheetah_run.png").exists()
     assert not (tmp_path / "figures/cheetah_run_online.png").exists()
+    save(tmp_path / "none", "my_variant/decode_dmc.npz", **where)  # a name that it does not know
     assert "has no" in fails(plot_results.main, plot_results.Args(tmp_path / "none"))
 
 
