@@ -55,9 +55,13 @@ class Args(common.RunArgs):
     plain: bool = False
     """No backgrounds, one theme, monochrome assets: the same games and rules, in plain pictures in
     which actions are a larger part of what changes. For laptops, not in the paper."""
+    one_theme: bool = False
+    """One theme for each game, with backgrounds and sprites."""
     solver: bool = False
-    """Record a solver in place of a PPO expert, with --plain: maze, heist, miner, plunder
-    (experts/solvers.py)."""
+    """Record a solver in place of a PPO expert: maze, heist, miner, plunder, and with --one-theme
+    or --plain bigfish (experts/solvers.py)."""
+    random_play: bool = False
+    """Record uniformly random actions in every split; no expert is needed."""
     temperature: float = 1.0
     """Divides the expert's logits when it is evaluated and recorded; 1 (the paper's) samples it."""
 
@@ -245,19 +249,20 @@ def train_expert(args, settings, device, path):
 # --- recording ------------------------------------------------------------------------------------
 
 
-def make_games(args, settings, purpose):
-    """The solver reads 64x64 pictures; frames are shrunk as they are recorded."""
-    size = 64 if args.solver else args.frame_size
-    seed = common.derive_seed(args.seed, purpose)
-    return common.ProcgenEnvs(settings | dict(frame_size=size), args.num_envs, seed)
-
-
 def record(args, settings, act, num_frames, folder):
     """Records shards of num_envs streams x rollout_steps frames, one stream after the other.
 
     act: obs uint8 [B, S, S, 3] -> actions int [B]. The folder appears when it is complete.
+
+    The solver reads plain pictures at 64x64. Other pictures are recorded from a second set of games
+    with the same seed, which take the same actions.
     """
-    envs = make_games(args, settings, folder.name)
+    seed = common.derive_seed(args.seed, folder.name)
+    envs = common.ProcgenEnvs(settings, args.num_envs, seed)
+    solves = args.solver and folder.name != "random"
+    twin = envs
+    if solves and not args.plain:
+        twin = common.ProcgenEnvs(settings | dict(plain=True), args.num_envs, seed)
     b, length = args.num_envs, -(-num_frames // args.num_envs)  # of each stream
     bar, pending = common.progress_bar(length * b, "frame", folder.name), []
     workers = max(1, common.NUM_CORES // 2)  # zlib releases the GIL
@@ -265,8 +270,15 @@ def record(args, settings, act, num_frames, folder):
         for shard, start in enumerate(range(0, length, args.rollout_steps)):
             steps, first = [], np.ones(b, bool)  # a stream starts: its past is in another shard
             for _ in range(min(args.rollout_steps, length - start)):
-                obs, action = common.shrink(envs.obs, args.frame_size), act(envs.obs)
+                obs, action = envs.obs, act(twin.rendered if solves else envs.obs)
                 _, reward, done = envs.step(action)
+                if twin is not envs:
+                    _, twin_reward, twin_done = twin.step(action)
+                    if (reward != twin_reward).any() or (done != twin_done).any():
+                        common.fail(
+                            f"{args.game} in plain pictures plays differently, so the solver cannot "
+                            f"act for it; --one-theme or --plain help"
+                        )
                 action = np.where(action < 0, 4, action)  # -1 ends an episode (solver)
                 steps.append((obs, first, action.astype(np.uint8), reward))
                 first = done
@@ -293,6 +305,7 @@ def splits_to_record(args, settings):
         level = 0 if split == "train" else args.num_levels  # test on the next n; 0: all levels
         recorded = settings | dict(start_level=level, split=split, seed=args.seed)
         recorded |= dict(temperature=args.temperature, solver=args.solver, num_frames=num_frames)
+        recorded |= dict(random_play=args.random_play)
         folder = args.data_dir / args.game / split
         if folder.exists() and not args.overwrite:
             found = common.read_frames(common.list_shards(folder)[0], args.game)[2]
@@ -314,7 +327,7 @@ def load_expert(args, settings, device):
         train_expert(args, settings, device, path)
     expert = common.load_checkpoint(path, "expert", args.game)
     for name, value in settings.items():
-        if (found := expert["settings"][name]) != value:
+        if (found := expert["settings"].get(name, False)) != value:
             common.fail(f"{path} was trained with {name} {found}, not {value}; see --experts-dir")
     policy = ExpertPolicy(args.frame_size, expert["multiplier"])
     policy.load_state_dict(expert["policy"])
@@ -336,20 +349,25 @@ def main(args):
     torch.manual_seed(args.seed)
     if args.num_envs * args.rollout_steps // args.minibatches < 2:
         common.fail(f"--minibatches {args.minibatches} leaves less than 2 steps in each")
-    names = ("game", "frame_size", "num_levels", "plain")
+    names = ("game", "frame_size", "num_levels", "plain", "one_theme")
     settings = {name: getattr(args, name) for name in names} | dict(start_level=0)
     splits = splits_to_record(args, settings)
     if args.train_frames and not splits:
         return
-    solver = Solver(args.game, args.plain, args.seed) if args.solver else None
-    act = solver or load_expert(args, settings, device)
     rng = np.random.default_rng(args.seed)
-    players = dict(expert=act, random=lambda obs: rng.integers(common.NUM_ACTIONS, size=len(obs)))
+    players = dict(random=lambda obs: rng.integers(common.NUM_ACTIONS, size=len(obs)))
+    if args.random_play:
+        players["expert"] = players["random"]
+    elif args.solver:
+        players["expert"] = Solver(args.game, args.seed)
+    else:
+        players["expert"] = load_expert(args, settings, device)
 
     # the returns of expert and random policy go into the files, for the plots
     means = dict(random_return=common.GAMES[args.game][0])  # the paper's, on all levels
     for name in players if args.num_levels else ["expert"]:
-        envs = make_games(args, settings, name)
+        view = settings | (dict(plain=True, frame_size=64) if args.solver else {})
+        envs = common.ProcgenEnvs(view, args.num_envs, common.derive_seed(args.seed, name))
         means[f"{name}_return"] = common.evaluate(envs, players[name], 4).mean().item()
     print(
         f"mean return: expert {means['expert_return']:.2f}, random policy "

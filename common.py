@@ -147,9 +147,9 @@ def shrink(frames, size):
 class ProcgenEnvs:
     """`num_envs` Procgen games ("easy") that step together; the games' own seed is set.
 
-    settings: game, frame_size and, if wanted, start_level, num_levels, plain (see collect_data.py).
-    obs: uint8 [B, S, S, 3], the current frames. finished: (env, episodic return) of each episode
-    that ended; the caller empties it.
+    settings: game, frame_size and, if wanted, start_level, num_levels, plain, one_theme (see
+    collect_data.py). obs: uint8 [B, S, S, 3], the current frames; rendered: the same at 64x64.
+    finished: (env, episodic return) of each episode that ended; the caller empties it.
     """
 
     def __init__(self, settings, num_envs, seed):
@@ -157,6 +157,7 @@ class ProcgenEnvs:
         with contextlib.redirect_stderr(io.StringIO()):  # gym's notice about its successor
             from procgen import ProcgenGym3Env
         options = {name: settings.get(name, 0) for name in ("start_level", "num_levels")}  # 0: all
+        options["restrict_themes"] = bool(settings.get("one_theme"))
         if settings.get("plain"):
             options |= dict(use_backgrounds=False, restrict_themes=True, use_monochrome_assets=True)
         gc.collect()  # games that are garbage must not be closed while others are being made
@@ -170,7 +171,8 @@ class ProcgenEnvs:
 
     def _observe(self):
         reward, obs, first = self.games.observe()
-        self.obs = shrink(obs["rgb"], self.frame_size)
+        self.rendered = obs["rgb"]
+        self.obs = shrink(self.rendered, self.frame_size)
         return reward.copy(), first.copy()
 
     def step(self, actions):

@@ -1,20 +1,24 @@
-"""Solvers for the plain pictures of maze, heist, miner and plunder, in place of a PPO expert.
+"""Solvers for the plain pictures of maze, heist, miner, plunder and bigfish, in place of a PPO
+expert.
 
 PPO needs millions of steps on these games; a rule that reads the picture needs none: a shortest
-path through the cells, or in plunder, a shot ahead of the ships. They see o_t alone, as the latent
-policy does. A fraction of the actions is uniformly random: otherwise the past would predict much of
+path through the cells, in plunder a shot ahead of the ships, in bigfish the way to the nearest fish
+that can be eaten. They see o_t alone, as the latent policy does. A fraction of the actions is uniformly random: otherwise the past would predict much of
 what the agent does, and stage 1 would have nothing to find. Where nothing is in reach, the episode
 is given up (action -1 restarts the game).
 """
 
 import numpy as np
+from scipy import ndimage
 
 import common
 
-RANDOM_ACTIONS = dict(maze=0.1, heist=0.1, miner=0.1, plunder=0.5)  # fraction, by game
+# fraction, by game
+RANDOM_ACTIONS = dict(maze=0.1, heist=0.1, miner=0.1, plunder=0.5, bigfish=0.1)
 CELLS = dict(maze=15, heist=9, miner=10)  # a side, in "easy" mode
 MOVES = np.array([(0, -1), (0, 1), (-1, 0), (1, 0)])  # (row, column): left, right, up, down
-ACTIONS = np.array([(4, 7, 1), (3, 4, 4), (5, 4, 4)])  # [step down, step right], -1 is the last
+NINE_MOVES = np.array([(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)])
+ACTIONS = np.array([(4, 7, 1), (3, 6, 0), (5, 8, 2)])  # [step down, step right], -1 is the last
 WALL, AGENT, BALL, FAR = (191, 127, 63), (127, 255, 127), (255, 191, 191), 999
 # heist: colors of key and door; pixel in row 3 where the key is drawn once the agent holds it
 LOCKS = {63: ((127, 127, 255), (255, 191, 191)), 56: ((191, 191, 191), (63, 255, 127)),
@@ -113,19 +117,55 @@ def shoot(obs):
     return np.where(there, np.where(some, 9, 4), np.where(gap > 0, 7, 1))
 
 
+def find_boxes(mask):
+    """bool (64, 64) -> centers (M, 2) and sizes (M, 2) of its connected parts, as (row, column)."""
+    places = ndimage.find_objects(ndimage.label(mask)[0])
+    start = np.array([(rows.start, columns.start) for rows, columns in places]).reshape(-1, 2)
+    stop = np.array([(rows.stop, columns.stop) for rows, columns in places]).reshape(-1, 2)
+    return (start + stop) / 2, stop - start
+
+
+def chase(frame):
+    """Bigfish: int (64, 64, 3) -> action. Of nine moves, the one that comes nearest to a smaller
+    fish; the gap to each larger fish costs exponentially more, the smaller it is.
+    """
+    agent = near(frame, AGENT)
+    centers, sizes = find_boxes(agent)
+    fish, fish_sizes = find_boxes(frame.any(-1) & ~agent)
+    if len(centers) == 0 or len(fish) == 0:
+        return 4
+    biggest = sizes.prod(1).argmax()  # a fish in front can cut the agent in two
+    center, size = centers[biggest], sizes[biggest]
+    # widths decide who eats whom; a fish that enters at the side shows its height alone
+    width = np.maximum(fish_sizes[:, 1], 1.6 * fish_sizes[:, 0])
+    smaller = width < size.max() - 0.9
+    away = abs(center + 3 * NINE_MOVES[:, None] - fish)  # (9, M, 2)
+    gap = (away - (fish_sizes + size) / 2).max(-1)  # (9, M)
+    cost = 20 * np.exp(-np.maximum(gap[:, ~smaller], 0) / 3).sum(1)  # (9,)
+    if smaller.any():
+        cost += np.linalg.norm(away[:, smaller], axis=-1).min(1)
+    down, right = NINE_MOVES[cost.argmin()]
+    return ACTIONS[down, right]
+
+
 class Solver:
     """obs uint8 (B, 64, 64, 3) of plain pictures -> actions int (B,)"""
 
-    def __init__(self, game, plain, seed):
-        if game not in RANDOM_ACTIONS or not plain:
-            games = ", ".join(RANDOM_ACTIONS)
-            common.fail(f"--solver plays {games}, all with --plain, and nothing else")
+    def __init__(self, game, seed):
+        if game not in RANDOM_ACTIONS:
+            common.fail(f"--solver plays {', '.join(RANDOM_ACTIONS)}, not {game}")
         self.game, self.random_actions = game, RANDOM_ACTIONS[game]
         self.rng = np.random.default_rng(seed)
 
-    def __call__(self, obs):
+    def solve(self, obs):
+        """The actions of the rule alone."""
         obs = obs.astype(int)
-        actions = shoot(obs) if self.game == "plunder" else walk(self.game, obs)
+        if self.game == "bigfish":
+            return np.array([chase(frame) for frame in obs])
+        return shoot(obs) if self.game == "plunder" else walk(self.game, obs)
+
+    def __call__(self, obs):
+        actions = self.solve(obs)
         random = self.rng.integers(common.NUM_ACTIONS, size=len(obs))
         use_random = (self.rng.random(len(obs)) < self.random_actions) & (actions >= 0)
         return np.where(use_random, random, actions)

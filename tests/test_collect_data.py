@@ -169,13 +169,14 @@ def test_an_expert_of_other_games_and_impossible_flags_are_refused(recorded):
         "num_levels 0, not 4": dict(num_levels=4),
         "not one of Procgen's": dict(game="coinrum"),
         "--minibatches": dict(minibatches=500),
-        "--solver plays maze, heist, miner": dict(solver=True),
+        "--solver plays maze, heist, miner": dict(solver=True, game="coinrun"),
     }.items():
         assert words in fails(run, collect_data, recorded, overwrite=True, **flags)
 
 
 @pytest.mark.parametrize(
-    "game, at_least", [("maze", 9.9), ("heist", 8.5), ("miner", 7.5), ("plunder", 9)]
+    "game, at_least",
+    [("maze", 9.9), ("heist", 8.5), ("miner", 7.5), ("plunder", 9), ("bigfish", 8)],
 )
 def test_the_solver_plays(game, at_least):
     """10 is all of maze and heist; miner has 1 for each diamond and 10 for the exit; plunder 1 for
@@ -183,4 +184,34 @@ def test_the_solver_plays(game, at_least):
     """
     settings = dict(game=game, frame_size=64, plain=True)
     envs = common.ProcgenEnvs(settings, 32, seed=1)
-    assert common.evaluate(envs, Solver(game, True, 1), 1).mean() > at_least
+    assert common.evaluate(envs, Solver(game, 1), 1).mean() > at_least
+
+
+def test_the_solver_acts_for_the_same_games_in_default_pictures(tmp_path):
+    """It reads a plain twin; the frames are those of the default pictures, with its actions."""
+    flags = dict(game="maze", solver=True, num_envs=8, train_frames=800)
+    run(collect_data, tmp_path, frame_size=64, **flags)
+    shards = sorted((tmp_path / "data/maze/train").glob("*.npz"))
+    action = np.concatenate([load(path)["action"].reshape(8, -1) for path in shards[4:]], 1)
+    reward = np.concatenate([load(path)["reward"].reshape(8, -1) for path in shards[4:]], 1)
+    obs = np.concatenate([load(p)["obs"].reshape(8, -1, 64, 64, 3) for p in shards[:4]], 1)
+    seed, solver = common.derive_seed(1, "train"), Solver("maze", 1)
+    envs = common.ProcgenEnvs(load(shards[0])["settings"], 8, seed)
+    twin = common.ProcgenEnvs(dict(game="maze", frame_size=64, plain=True), 8, seed)
+    assert not np.array_equal(envs.obs, twin.obs) and reward.sum() > 100
+    agreed = []
+    for t in range(100):
+        assert np.array_equal(obs[:, t], envs.obs)
+        agrees = solver.solve(twin.obs) == action[:, t]
+        agreed.append(agrees.mean())
+        envs.step(action[:, t])
+        twin.step(action[:, t])
+    assert 0.85 < np.mean(agreed) < 0.97  # a tenth of the actions is random
+
+
+def test_games_that_differ_in_plain_pictures_end_the_recording(tmp_path):
+    """The size of bigfish depends on the theme."""
+    flags = dict(game="bigfish", solver=True, num_envs=16, train_frames=16_000)
+    assert "--one-theme" in fails(run, collect_data, tmp_path, **flags)
+    assert not (tmp_path / "data/bigfish/train").exists()
+    run(collect_data, tmp_path, one_theme=True, **flags)
