@@ -9,7 +9,7 @@ writes  otherwise experts/<game>.pt and runs/<game>/expert.csv; data/<game>/{tra
         frames_NNN.npz and labels_NNN.npz
 
 paper scale     python collect_data.py --game bigfish
-on a CPU        python collect_data.py --game miner --solver --plain --frame-size 32
+on a CPU        python collect_data.py --game miner --solver --frame-size 32
                     --train-frames 262_144 --test-frames 16_384
                 python collect_data.py --game starpilot --plain --frame-size 32 --minibatches 16
                     --expert-multiplier 0.5 --expert-steps 3_000_000 --train-frames 131_072
@@ -18,7 +18,6 @@ scratch (6.1)       --expert-multiplier 4 --runs-dir runs/scratch --experts-dir 
 """
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 from experts.solvers import Solver
 
 
@@ -39,7 +37,7 @@ class Args(common.RunArgs):
     overwrite: bool = False
     """Replace frames that are there."""
     experts_dir: Path = Path("experts")
-    """An expert <experts-dir>/<game>.pt that is there is used, not trained again."""
+    """If <experts-dir>/<game>.pt exists, it is recorded; otherwise it is trained first."""
 
     train_frames: int = 8_000_000
     """Frames to record for training (section 5: about 8M); 0 trains the expert only."""
@@ -67,6 +65,10 @@ class Args(common.RunArgs):
 
     expert_steps: int = 25_000_000
     """Environment steps of PPO (Cobbe et al.; section 5 says 50M, 6.1 says 25M)."""
+    log_every_steps: int = 100_000
+    """Environment steps between evaluations, points of the curve and saved states."""
+    eval_episodes: int = 64
+    """Episodes of an evaluation, one in each of as many games."""
     expert_multiplier: float = 1
     """Multiplies the expert's IMPALA channels 16, 32, 32 (Cobbe et al.)."""
     num_envs: int = 64
@@ -104,7 +106,8 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1)
 
     def forward(self, x):
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, S, S)
+        h = self.conv1(F.relu(x))  # (B, hidden, S, S)
+        return x + self.conv2(F.relu(h))  # (B, C, S, S)
 
 
 class ImpalaCNN(nn.Sequential):
@@ -112,9 +115,14 @@ class ImpalaCNN(nn.Sequential):
 
     def __init__(self, in_channels, frame_size, multiplier):
         layers = []
-        for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
-            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
-            layers += [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
+        for base_channels in (16, 32, 32):
+            channels = int(base_channels * multiplier)
+            layers += [
+                nn.Conv2d(in_channels, channels, 3, padding=1),
+                nn.MaxPool2d(3, 2, 1),
+                ResidualBlock(channels, channels),
+                ResidualBlock(channels, channels),
+            ]
             in_channels = channels
         super().__init__(*layers, nn.ReLU(), nn.Flatten())
         self.num_features = channels * (frame_size // 8) ** 2
@@ -129,13 +137,15 @@ class ExpertPolicy(nn.Module):
         self.hidden = nn.Linear(self.cnn.num_features, 256)
         self.actor = nn.Linear(256, common.NUM_ACTIONS)
         self.critic = nn.Linear(256, 1)
-        for head, gain in ((self.actor, 0.01), (self.critic, 1.0)):  # actions start near uniform
-            nn.init.orthogonal_(head.weight, gain)
-            nn.init.zeros_(head.bias)
+        nn.init.orthogonal_(self.actor.weight, 0.01)  # actions start near uniform
+        nn.init.orthogonal_(self.critic.weight, 1.0)
+        nn.init.zeros_(self.actor.bias)
+        nn.init.zeros_(self.critic.bias)
 
     def forward(self, obs):
         """uint8 (B, S, S, 3) -> logits (B, 15), value (B,)"""
-        h = F.relu(self.hidden(self.cnn(common.to_input(obs[:, None]))))  # (B, 256)
+        x = common.to_input(obs[:, None])  # (B, 3, S, S)
+        h = F.relu(self.hidden(self.cnn(x)))  # (B, 256)
         return self.actor(h), self.critic(h)[:, 0]
 
 
@@ -146,42 +156,58 @@ def compute_gae(rewards, values, dones, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): rewards (T, B) and dones (T, B) of
     the actions at t, values (T + 1, B) of the frames -> advantages (T, B), value targets (T, B).
     """
-    advantages, advantage = torch.zeros_like(rewards), 0.0
+    advantages = torch.zeros_like(rewards)
+    advantage = 0.0
     for t in reversed(range(len(rewards))):
         alive = 1.0 - dones[t].float()
         delta = rewards[t] + gamma * values[t + 1] * alive - values[t]
-        advantages[t] = advantage = delta + gamma * gae_lambda * alive * advantage
+        advantage = delta + gamma * gae_lambda * alive * advantage
+        advantages[t] = advantage
     return advantages, advantages + values[:-1]
 
 
-def ppo_loss(logits, value, action, old_logprob, old_value, advantage, target, args):
-    """PPO's loss (Schulman et al. 2017) on a minibatch, all (B,) but logits (B, A), and metrics.
-    The value is clipped as well.
+def ppo_loss(logits, values, batch, args):
+    """PPO's loss (Schulman et al. 2017) on a minibatch, and metrics. logits (B, A), values (B,);
+    batch: actions, logprobs and values of the rollout, advantages, targets, all (B,). The value is
+    clipped as well.
     """
     distribution = torch.distributions.Categorical(logits=logits, validate_args=False)
-    log_ratio = distribution.log_prob(action) - old_logprob
+    log_ratio = distribution.log_prob(batch["actions"]) - batch["logprobs"]
     ratio = log_ratio.exp()
-    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    clipped = advantage * ratio.clamp(1 - args.clip, 1 + args.clip)
-    policy_loss = -torch.min(advantage * ratio, clipped).mean()
-    clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
-    value_loss = 0.5 * torch.max((value - target) ** 2, (clipped_value - target) ** 2).mean()
+    # the policy gains nothing from a ratio beyond the clip
+    advantages = batch["advantages"]
+    std = advantages.std() + 1e-8
+    advantages = (advantages - advantages.mean()) / std
+    clipped_ratio = ratio.clamp(1 - args.clip, 1 + args.clip)
+    policy_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
+    # of the value and the value near the old one, the worse counts
+    change = (values - batch["values"]).clamp(-args.clip, args.clip)
+    squared = (values - batch["targets"]) ** 2
+    clipped_squared = (batch["values"] + change - batch["targets"]) ** 2
+    value_loss = 0.5 * torch.max(squared, clipped_squared).mean()
     entropy = distribution.entropy().mean()
     loss = policy_loss + args.value_coef * value_loss - args.entropy_coef * entropy
-    kl = (ratio - 1 - log_ratio).mean()
-    return loss, dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, kl=kl)
+    metrics = dict(
+        policy_loss=policy_loss,
+        value_loss=value_loss,
+        entropy=entropy,
+        kl=(ratio - 1 - log_ratio).mean(),
+    )
+    return loss, metrics
 
 
-def ppo_update(policy, optimizer, inputs, steps, args, generator):
-    """Epochs of minibatches. inputs: what the policy sees, steps: action .. target of ppo_loss(),
-    all (T, B, ..). Returns the metrics of the last minibatch.
+def ppo_update(policy, optimizer, rollout, args, generator):
+    """Epochs of minibatches over a rollout: obs (T, B, S, S, 3) and what ppo_loss() needs (T, B).
+    Returns the metrics of the last minibatch.
     """
-    inputs, steps = ([x.flatten(0, 1) for x in part] for part in (inputs, steps))
+    steps = {name: x.flatten(0, 1) for name, x in rollout.items()}
+    num_steps = len(steps["actions"])
     for _ in range(args.epochs):
-        permutation = torch.randperm(len(steps[0]), generator=generator, device=generator.device)
-        for rows in permutation.chunk(args.minibatches):
-            outputs = policy(*(x[rows] for x in inputs))
-            loss, metrics = ppo_loss(*outputs, *(x[rows] for x in steps), args)
+        order = torch.randperm(num_steps, generator=generator, device=generator.device)
+        for rows in order.tensor_split(args.minibatches):
+            batch = {name: x[rows] for name, x in steps.items()}
+            logits, values = policy(batch["obs"])
+            loss, metrics = ppo_loss(logits, values, batch, args)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
@@ -191,197 +217,265 @@ def ppo_update(policy, optimizer, inputs, steps, args, generator):
 
 def sample_actions(logits, generator):
     """logits (B, A) -> actions int64 (B,), drawn from the softmax."""
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    probabilities = logits.softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-def train_expert(args, settings, device, path):
+def make_player(compute_logits, device, seed):
+    """act: obs uint8 [B, S, S, 3] -> actions int [B], sampled. compute_logits: obs (B, S, S, 3) on
+    the device -> logits (B, 15).
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    @torch.no_grad()
+    def act(obs):
+        logits = compute_logits(torch.from_numpy(obs).to(device))
+        return sample_actions(logits, generator).cpu().numpy()
+
+    return act
+
+
+# --- the expert -----------------------------------------------------------------------------------
+
+
+def train_expert(args, recording, device, path):
     """Trains an ExpertPolicy with PPO; writes it, in half precision, to `path`."""
+    run = args.runs_dir / args.game
+    common.lock(run / "expert.csv")
     policy = ExpertPolicy(args.frame_size, args.expert_multiplier)
     policy.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.expert_lr, eps=1e-5, fused=True)
     seed = common.derive_seed(args.seed, "train expert")
-    envs = common.ProcgenEnvs(settings, args.num_envs, seed)
+    envs = common.ProcgenEnvs(recording, args.num_envs, seed)
     generator = torch.Generator(device).manual_seed(seed)
     normalize_rewards = common.RewardNormalizer(args.num_envs, args.gamma)
 
-    run, batch = args.runs_dir / args.game, args.rollout_steps * args.num_envs
-    updates, state = max(1, args.expert_steps // batch), run / "expert_state.pt"
-    parts = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator)
-    parts |= dict(normalize_rewards=normalize_rewards)
-    start, _ = common.load_state(state, args, parts)
-    log = common.MetricsLog(run / "expert.csv", updates * batch, "step", start)
-    for update in range(start // batch + 1, updates + 1):
-        steps = []
-        with torch.no_grad():
-            for _ in range(args.rollout_steps):
-                obs = torch.from_numpy(envs.obs).to(device)
-                logits, value = policy(obs)
-                action = sample_actions(logits, generator)
-                logprob = logits.log_softmax(-1).gather(1, action[:, None])[:, 0]
-                _, reward, done = envs.step(action.cpu().numpy())
-                outcome = torch.from_numpy(normalize_rewards(reward, done)), torch.from_numpy(done)
-                steps.append((obs, action, logprob, value, *(x.to(device) for x in outcome)))
-            obs, actions, logprobs, values, rewards, dones = map(torch.stack, zip(*steps))
-            last_value = policy(torch.from_numpy(envs.obs).to(device))[1]
-        all_values = torch.cat([values, last_value[None]])  # (T + 1, B)
-        advantages, targets = compute_gae(rewards, all_values, dones, args.gamma, args.gae_lambda)
-        rollout = actions, logprobs, values, advantages, targets
-        metrics = ppo_update(policy, optimizer, [obs], rollout, args, generator)
-        log.bar.update(batch)
+    # a rollout: T steps of B games
+    T, B, S = args.rollout_steps, args.num_envs, args.frame_size
+    obs = torch.zeros((T, B, S, S, 3), dtype=torch.uint8, device=device)
+    actions = torch.zeros((T, B), dtype=torch.long, device=device)
+    logprobs = torch.zeros((T, B), device=device)
+    rewards = torch.zeros((T, B), device=device)
+    dones = torch.zeros((T, B), dtype=torch.bool, device=device)
+    values = torch.zeros((T + 1, B), device=device)  # the last row: of the frame after the rollout
 
-        env_step = update * batch
-        if update % 5 == 0 or update == updates:  # every 82k steps at the paper's settings
+    num_updates = max(1, args.expert_steps // (T * B))
+    parts = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator)
+    parts["normalize_rewards"] = normalize_rewards
+    start, _ = common.load_state(run / "expert_state.pt", args, parts)
+    log = common.MetricsLog(run / "expert.csv", num_updates * T * B, "step", start)
+    for update in range(start // (T * B) + 1, num_updates + 1):
+        # play: sample an action from pi(o_t), step the games, scale the reward
+        with torch.no_grad():
+            for t in range(T):
+                obs[t] = torch.from_numpy(envs.obs)
+                logits, values[t] = policy(obs[t])
+                actions[t] = sample_actions(logits, generator)
+                logprobs[t] = logits.log_softmax(-1).gather(1, actions[t, :, None])[:, 0]
+                _, reward, done = envs.step(actions[t].cpu().numpy())
+                rewards[t] = torch.from_numpy(normalize_rewards(reward, done))
+                dones[t] = torch.from_numpy(done)
+            _, values[T] = policy(torch.from_numpy(envs.obs).to(device))
+
+        # learn: advantages of these actions, then epochs of minibatches
+        advantages, targets = compute_gae(rewards, values, dones, args.gamma, args.gae_lambda)
+        rollout = dict(obs=obs, actions=actions, logprobs=logprobs, values=values[:T])
+        rollout |= dict(advantages=advantages, targets=targets)
+        metrics = ppo_update(policy, optimizer, rollout, args, generator)
+        log.bar.update(T * B)
+
+        # evaluate on whole episodes, log, save
+        env_step = update * T * B
+        is_last = update == num_updates
+        if env_step % args.log_every_steps < T * B or is_last:
             common.check_finite(env_step, run / "expert.pt", policy)
-            returns = [episode_return for _, episode_return in envs.finished]
-            mean_return = float(np.mean(returns)) if returns else float("nan")
-            envs.finished.clear()
-            log.write(env_step=env_step, mean_return=mean_return, episodes=len(returns), **metrics)
-            common.save_state(state, args, env_step, parts)
+            act = make_player(lambda obs: policy(obs)[0], device, seed)
+            metrics["eval_return"] = common.evaluation_returns(recording, act, args).mean()
+            mean_return, episodes = common.pop_ended(envs)
+            log.write(env_step=env_step, mean_return=mean_return, episodes=episodes, **metrics)
+            common.save_state(run / "expert_state.pt", args, env_step, parts)
             common.save_checkpoint(
-                path if update == updates else run / "expert.pt",
-                kind="expert", game=args.game, env_step=env_step, mean_return=mean_return,
-                settings=settings, multiplier=args.expert_multiplier,
+                path if is_last else run / "expert.pt",
+                kind="expert",
+                game=args.game,
+                env_step=env_step,
+                mean_return=mean_return,
+                recording=recording,
+                multiplier=args.expert_multiplier,
                 policy={name: weight.half() for name, weight in policy.state_dict().items()},
-            )  # fmt: skip
+            )
     log.bar.close()
+
+
+def load_expert(args, recording, device):
+    """The expert's act, see make_player(); the expert is trained first if there is none."""
+    path = args.experts_dir / f"{args.game}.pt"
+    if not path.exists():
+        print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps on {device}, to {path}")
+        train_expert(args, recording, device, path)
+    expert = common.load_checkpoint(path, "expert", args.game)
+    for name, value in recording.items():
+        found = expert["recording"].get(name)
+        if found != value:
+            common.fail(f"{path} was trained with {name} {found}, not {value}; see --experts-dir")
+    policy = ExpertPolicy(args.frame_size, expert["multiplier"])
+    policy.load_state_dict(expert["policy"])
+    policy.to(device, memory_format=torch.channels_last).eval()
+    print(f"expert: {path}, trained for {expert['env_step']:,} steps")
+    seed = common.derive_seed(args.seed, "act")
+    return make_player(lambda obs: policy(obs)[0] / args.temperature, device, seed)
 
 
 # --- recording ------------------------------------------------------------------------------------
 
 
-def record(args, settings, act, num_frames, folder):
-    """Records shards of num_envs streams x rollout_steps frames, one stream after the other.
+def play_shards(args, recording, act, num_frames, split):
+    """Yields shards of num_envs streams x rollout_steps frames, one stream after the other: two
+    dicts, frames and labels, of arrays [N, ...]. act: obs uint8 [B, S, S, 3] -> actions int [B].
 
-    act: obs uint8 [B, S, S, 3] -> actions int [B]. The folder appears when it is complete.
-
-    The solver reads plain pictures at 64x64. Other pictures are recorded from a second set of games
+    A solver reads plain pictures at 64x64. Default pictures are recorded from a second set of games
     with the same seed, which take the same actions.
     """
-    seed = common.derive_seed(args.seed, folder.name)
-    envs = common.ProcgenEnvs(settings, args.num_envs, seed)
-    solves = args.solver and folder.name != "random"
+    seed = common.derive_seed(args.seed, split)
+    envs = common.ProcgenEnvs(recording, args.num_envs, seed)
+    solves = args.solver and split != "random"
     twin = envs
     if solves and not args.plain:
-        twin = common.ProcgenEnvs(settings | dict(plain=True), args.num_envs, seed)
-    b, length = args.num_envs, -(-num_frames // args.num_envs)  # of each stream
-    bar, pending = common.progress_bar(length * b, "frame", folder.name), []
-    workers = max(1, common.NUM_CORES // 2)  # zlib releases the GIL
-    with common.new_folder(folder, args.overwrite) as part, ThreadPoolExecutor(workers) as pool:
-        for shard, start in enumerate(range(0, length, args.rollout_steps)):
-            steps, first = [], np.ones(b, bool)  # a stream starts: its past is in another shard
-            for _ in range(min(args.rollout_steps, length - start)):
-                obs, action = envs.obs, act(twin.rendered if solves else envs.obs)
-                _, reward, done = envs.step(action)
-                if twin is not envs:
-                    _, twin_reward, twin_done = twin.step(action)
-                    if (reward != twin_reward).any() or (done != twin_done).any():
-                        common.fail(
-                            f"{args.game} in plain pictures plays differently, so the solver cannot "
-                            f"act for it; --one-theme or --plain help"
-                        )
-                action = np.where(action < 0, 4, action)  # -1 ends an episode (solver)
-                steps.append((obs, first, action.astype(np.uint8), reward))
-                first = done
-            columns = (np.stack(x, 1) for x in zip(*steps))  # [B, T, ..]
-            obs, first, action, reward = (x.reshape(-1, *x.shape[2:]) for x in columns)
-            frames, labels = dict(obs=obs, first=first), dict(action=action, reward=reward)
-            for name, arrays in (("frames", frames), ("labels", labels)):
-                path = part / f"{name}_{shard:03d}.npz"
-                pending.append(pool.submit(common.save_npz, path, settings, **arrays))
-            while len(pending) > 2 * common.NUM_CORES:
-                pending.pop(0).result()
-            bar.update(len(steps) * b)
-        for future in pending:
-            future.result()
+        twin = common.ProcgenEnvs(recording | dict(plain=True), args.num_envs, seed)
+    B, S = args.num_envs, args.frame_size
+    length = -(-num_frames // B)  # of each stream
+    for start in range(0, length, args.rollout_steps):
+        T = min(args.rollout_steps, length - start)
+        obs = np.zeros((B, T, S, S, 3), np.uint8)
+        first = np.zeros((B, T), bool)
+        first[:, 0] = True  # a stream starts: its past is in another shard
+        action = np.zeros((B, T), np.uint8)
+        reward = np.zeros((B, T), np.float32)
+        for t in range(T):
+            obs[:, t] = envs.obs
+            acts = act(twin.rendered if solves else envs.obs)
+            action[:, t] = np.where(acts == common.RESET, common.NOOP, acts)
+            _, reward[:, t], done = envs.step(acts)
+            if t + 1 < T:
+                first[:, t + 1] = done
+            if twin is not envs:
+                _, twin_reward, twin_done = twin.step(acts)
+                if (twin_reward != reward[:, t]).any() or (twin_done != done).any():
+                    common.fail(f"{args.game} plays differently in plain pictures; try --one-theme")
+        frames = dict(obs=obs.reshape(-1, S, S, 3), first=first.reshape(-1))
+        yield frames, dict(action=action.reshape(-1), reward=reward.reshape(-1))
+
+
+def record(args, recording, act, num_frames, folder):
+    """Records shards of frames and labels; the folder appears when it is complete."""
+    shards = play_shards(args, recording, act, num_frames, folder.name)
+    shard_frames = args.num_envs * args.rollout_steps
+    bar = common.progress_bar(num_frames, "frame", folder.name)
+    with common.new_folder(folder, args.overwrite) as part:
+
+        def save(numbered_shard):
+            number, (frames, labels) = numbered_shard
+            common.save_npz(part / f"frames_{number:03d}.npz", recording, **frames)
+            common.save_npz(part / f"labels_{number:03d}.npz", recording, **labels)
+
+        for _ in common.in_background(save, enumerate(shards)):
+            bar.update(min(shard_frames, num_frames - bar.n))
     bar.close()
-    print(f"{folder.name}: {length * b:,} frames in {folder}")
+    print(f"{folder.name}: {num_frames:,} frames in {folder}")
 
 
-def splits_to_record(args, settings):
-    """{split: (frames, settings)} of splits that are not there, or that --overwrite replaces."""
+def splits_to_record(args, recording):
+    """{split: (frames, recording)} of splits that are not there, or that --overwrite replaces."""
     sizes = dict(train=args.train_frames, test=args.test_frames, random=args.random_frames)
-    wanted, splits = {x: n for x, n in sizes.items() if n and args.train_frames}, {}
-    for split, num_frames in wanted.items():
-        level = 0 if split == "train" else args.num_levels  # test on the next n; 0: all levels
-        recorded = settings | dict(start_level=level, split=split, seed=args.seed)
-        recorded |= dict(temperature=args.temperature, solver=args.solver, num_frames=num_frames)
-        recorded |= dict(random_play=args.random_play)
+    splits = {}
+    for split, num_frames in sizes.items():
+        if num_frames == 0 or args.train_frames == 0:
+            continue
+        wanted = recording | dict(
+            start_level=0 if split == "train" else args.num_levels,  # the next n; 0: all levels
+            split=split,
+            seed=args.seed,
+            temperature=args.temperature,
+            solver=args.solver,
+            random_play=args.random_play,
+            num_frames=num_frames,
+        )
         folder = args.data_dir / args.game / split
         if folder.exists() and not args.overwrite:
-            found = common.read_frames(common.list_shards(folder)[0], args.game)[2]
-            differs = [name for name in recorded if found.get(name) != recorded[name]]
-            if differs or not args.resume:
-                why = f"with another {differs[0]}" if differs else "already"
-                common.fail(f"{folder} is there {why}; --overwrite replaces it")
+            path = common.list_shards(folder)[0]
+            _, _, found = common.read_frames(path, args.game)
+            for name, value in wanted.items():
+                if found.get(name) != value:
+                    differs = f"{name} {found.get(name)}, not {value}"
+                    common.fail(f"{folder} was recorded with {differs}; --overwrite replaces it")
+            if not args.resume:
+                common.fail(f"{folder} is there already; --overwrite replaces it")
             print(f"{split}: {folder} is complete")
         else:
-            splits[split] = num_frames, recorded
+            splits[split] = num_frames, wanted
     return splits
 
 
-def load_expert(args, settings, device):
-    """The expert's act: obs uint8 [B, S, S, 3] -> actions int [B], trained first if not there."""
-    path = args.experts_dir / f"{args.game}.pt"
-    if not path.exists():
-        print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps on {device}, to {path}")
-        train_expert(args, settings, device, path)
-    expert = common.load_checkpoint(path, "expert", args.game)
-    for name, value in settings.items():
-        if (found := expert["settings"].get(name, False)) != value:
-            common.fail(f"{path} was trained with {name} {found}, not {value}; see --experts-dir")
-    policy = ExpertPolicy(args.frame_size, expert["multiplier"])
-    policy.load_state_dict(expert["policy"])
-    policy.to(device, memory_format=torch.channels_last).eval()
-    generator = torch.Generator(device).manual_seed(common.derive_seed(args.seed, "act"))
-    print(f"expert: {path}, trained for {expert['env_step']:,} steps")
-
-    @torch.no_grad()
-    def act(obs):
-        logits = policy(torch.from_numpy(obs).to(device))[0]
-        return sample_actions(logits / args.temperature, generator).cpu().numpy()
-
-    return act
-
-
 def main(args):
-    device = common.pick_device(args.device)
+    device = common.pick_device(args)
     common.check_game(args.game)
     torch.manual_seed(args.seed)
     if args.num_envs * args.rollout_steps // args.minibatches < 2:
         common.fail(f"--minibatches {args.minibatches} leaves less than 2 steps in each")
-    names = ("game", "frame_size", "num_levels", "plain", "one_theme")
-    settings = {name: getattr(args, name) for name in names} | dict(start_level=0)
-    splits = splits_to_record(args, settings)
+    recording = dict(
+        game=args.game,
+        frame_size=args.frame_size,
+        num_levels=args.num_levels,
+        start_level=0,
+        plain=args.plain,
+        one_theme=args.one_theme,
+    )
+    splits = splits_to_record(args, recording)
     if args.train_frames and not splits:
         return
-    rng = np.random.default_rng(args.seed)
-    players = dict(random=lambda obs: rng.integers(common.NUM_ACTIONS, size=len(obs)))
-    if args.random_play:
-        players["expert"] = players["random"]
-    elif args.solver:
-        players["expert"] = Solver(args.game, args.seed)
-    else:
-        players["expert"] = load_expert(args, settings, device)
 
-    # the returns of expert and random policy go into the files, for the plots
-    means = dict(random_return=common.GAMES[args.game][0])  # the paper's, on all levels
-    for name in players if args.num_levels else ["expert"]:
-        view = settings | (dict(plain=True, frame_size=64) if args.solver else {})
-        envs = common.ProcgenEnvs(view, args.num_envs, common.derive_seed(args.seed, name))
-        means[f"{name}_return"] = common.evaluate(envs, players[name], 4).mean().item()
+    # --- who plays
+    rng = np.random.default_rng(args.seed)
+
+    def act_randomly(obs):
+        return rng.integers(common.NUM_ACTIONS, size=len(obs))
+
+    if args.random_play:
+        act = act_randomly
+    elif args.solver:
+        act = Solver(args.game, args.seed)
+    else:
+        act = load_expert(args, recording, device)
+
+    # --- mean returns of expert and random policy go into the files, for the plots
+    def mean_return(player, purpose):
+        view = dict(plain=True, frame_size=64) if args.solver and player is act else {}
+        seed = common.derive_seed(args.seed, purpose)
+        envs = common.ProcgenEnvs(recording | view, args.num_envs, seed)
+        return common.play_episodes(envs, player, 4).mean().item()
+
+    returns = dict(random_return=common.GAMES[args.game].random_return)  # the paper's, all levels
+    if args.num_levels:
+        returns["random_return"] = mean_return(act_randomly, "random")
+    returns["expert_return"] = mean_return(act, "expert")
     print(
-        f"mean return: expert {means['expert_return']:.2f}, random policy "
-        f"{means['random_return']:.2f} (the paper's expert: {common.GAMES[args.game][1]:.2f})"
+        f"mean return: expert {returns['expert_return']:.2f}, random policy "
+        f"{returns['random_return']:.2f}; the paper's expert "
+        f"{common.GAMES[args.game].expert_return:.2f}"
     )
+
+    # --- record
     args.data_dir.mkdir(parents=True, exist_ok=True)
-    raw, free = 3 * args.frame_size**2 / 1e9, shutil.disk_usage(args.data_dir).free / 1e9
-    for split, (num_frames, recorded) in splits.items():
-        print(f"{split}: up to {num_frames * raw:.2g} GB before compression, {free:.0f} GB free")
-        player = players["random" if split == "random" else "expert"]
-        record(args, recorded | means, player, num_frames, args.data_dir / args.game / split)
+    for split, (num_frames, wanted) in splits.items():
+        size = num_frames * 3 * args.frame_size**2 / 1e9
+        free = shutil.disk_usage(args.data_dir).free / 1e9
+        warning = "warning: the disk may be too small; " if free < size / 2 else ""
+        print(f"{split}: {warning}{size:.2g} GB, on disk 2 to 50 times less; {free:.0f} GB free")
+        player = act_randomly if split == "random" else act
+        record(args, wanted | returns, player, num_frames, args.data_dir / args.game / split)
     if splits:
-        common.print_next(f"train_latent_dynamics.py --game {args.game}", args)
+        common.print_next("train_latent_dynamics.py", args)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    common.run(main, Args)

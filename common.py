@@ -1,90 +1,103 @@
-"""Helpers that have one correct answer and teach nothing about LAPO: Procgen's facts; flags, errors
-and seeds; games; files; windows of frames; resuming and metrics.
+"""Helpers that have one correct answer and teach nothing about LAPO: Procgen's games, flags and
+endings, files, windows of frames, resuming, metrics and plots.
 """
 
+import collections
 import contextlib
-import ctypes
-import functools
+import errno
 import gc
 import hashlib
 import importlib.util
 import io
 import json
 import os
+import shlex
 import shutil
-import signal
 import sys
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # Before torch loads OpenMP: its idle threads sleep in place of spinning, so that two runs, or a run
-# and a browser, can share the cores (measured in results/LOG.md).
+# and a browser, can share the cores (docs/lessons.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+import tyro
 from filelock import FileLock, Timeout
+from PIL import Image
 from tqdm import tqdm
 
 ACTIONS = "left-down left left-up down none up right-down right right-up D A W S Q E".split()
 NUM_ACTIONS = len(ACTIONS)  # 15, the same in every game
+NOOP = ACTIONS.index("none")
+RESET = -1  # Procgen ends the episode
 # cores that this process may use, which under Slurm are fewer than the machine has
 NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-FORMAT = 2  # of checkpoints; 1 had other names of weights
+FORMAT = 3  # of checkpoints; earlier ones had other names of weights
 
-# Mean returns of a uniformly random policy and of the paper's expert ("easy", all levels), and
-# actions with the same effect: tried in 900 to 3,100 states a game (get_state, set_state), with
-# five more steps; in no case did a frame, a reward or an episode's end differ.
+
+class Game(NamedTuple):
+    random_return: float  # mean return of a uniformly random policy ("easy", all levels)
+    expert_return: float  # of the paper's expert
+    equal_actions: str  # groups of actions that have the same effect, separated by commas
+
+
+# Actions of equal effect were found by trying all 15 in 900 to 3,100 states of each game, with five
+# more steps after them: no frame, no reward and no end of an episode differs within a group.
 SIDES = "left left-down left-up, right right-down right-up"
 GAMES = {
-    "bigfish": (0.8742888, 36.336166, "none D A W S Q E"),
-    "bossfight": (0.04618272, 11.634365, "none A W S Q E"),
-    "caveflyer": (2.5970738, 9.183605, "none A W S Q E"),
-    "chaser": (0.6632482, 9.955711, "none D A W S Q E"),
-    "climber": (2.2242901, 10.233627, "left left-down, right right-down, none down D A W S Q E"),
-    "coinrun": (2.704834, 9.93251, "none D A W S Q E"),
-    "dodgeball": (0.612983, 13.486584, "none A W S Q E"),
-    "fruitbot": (-2.5330205, 29.925259, f"{SIDES}, none down up A W S Q E"),
-    "heist": (3.0758767, 9.685265, "none D A W S Q E"),
-    "jumper": (3.4105318, 8.460201, "left left-down, right right-down, none down D A W S Q E"),
-    "leaper": (2.5105245, 7.4082565, f"{SIDES}, none D A W S Q E"),
-    "maze": (4.2726293, 9.969294, f"{SIDES}, none D A W S Q E"),
-    "miner": (1.2513667, 11.892558, f"{SIDES}, none D A W S Q E"),
-    "ninja": (2.5599792, 9.474582, "left left-down, right right-down, none down, D Q E"),
-    "plunder": (4.3207445, 11.460528, f"{SIDES}, none down up A W S Q E"),
-    "starpilot": (1.5251881, 66.98625, "D W S Q E"),
+    "bigfish": Game(0.8742888, 36.336166, "none D A W S Q E"),
+    "bossfight": Game(0.04618272, 11.634365, "none A W S Q E"),
+    "caveflyer": Game(2.5970738, 9.183605, "none A W S Q E"),
+    "chaser": Game(0.6632482, 9.955711, "none D A W S Q E"),
+    "climber": Game(
+        2.2242901, 10.233627, "left left-down, right right-down, none down D A W S Q E"
+    ),
+    "coinrun": Game(2.704834, 9.93251, "none D A W S Q E"),
+    "dodgeball": Game(0.612983, 13.486584, "none A W S Q E"),
+    "fruitbot": Game(-2.5330205, 29.925259, f"{SIDES}, none down up A W S Q E"),
+    "heist": Game(3.0758767, 9.685265, "none D A W S Q E"),
+    "jumper": Game(3.4105318, 8.460201, "left left-down, right right-down, none down D A W S Q E"),
+    "leaper": Game(2.5105245, 7.4082565, f"{SIDES}, none D A W S Q E"),
+    "maze": Game(4.2726293, 9.969294, f"{SIDES}, none D A W S Q E"),
+    "miner": Game(1.2513667, 11.892558, f"{SIDES}, none D A W S Q E"),
+    "ninja": Game(2.5599792, 9.474582, "left left-down, right right-down, none down, D Q E"),
+    "plunder": Game(4.3207445, 11.460528, f"{SIDES}, none down up A W S Q E"),
+    "starpilot": Game(1.5251881, 66.98625, "D W S Q E"),
 }
 
 WRITTEN_BY = {  # what a file's name starts with: the script that writes it
-    "frames_": "collect_data.py", "labels_": "collect_data.py",
-    "latents_": "train_latent_dynamics.py", "latent_dynamics": "train_latent_dynamics.py",
-    "latent_policy": "train_latent_bc.py", "decode_offline": "decode_offline.py",
-    "decode_online": "decode_online_ppo.py", "latents.npz": "visualize_latents.py",
-}  # fmt: skip
+    "frames_": "collect_data.py",
+    "labels_": "collect_data.py",
+    "latents_": "train_latent_dynamics.py",
+    "latent_dynamics": "train_latent_dynamics.py",
+    "latent_policy": "train_latent_bc.py",
+    "decode_offline": "decode_offline.py",
+    "decode_online": "decode_online_ppo.py",
+}
 
 
 def distinct_actions(game):
     """int [15]: each action's representative among those with the same effect in this game."""
     distinct = np.arange(NUM_ACTIONS)
-    for group in GAMES[game][2].split(",") if game in GAMES else ():
+    groups = GAMES[game].equal_actions.split(",") if game in GAMES else []
+    for group in groups:
         members = [ACTIONS.index(name) for name in group.split()]
         distinct[members] = members[0]
     return distinct
 
 
-def check_game(game):
-    """Ends the run if `game` cannot be played here."""
-    if game not in GAMES:
-        fail(f"'{game}' is not one of Procgen's games: {', '.join(GAMES)}")
-    if not importlib.util.find_spec("procgen"):
-        fail("games have to be played, and Procgen is not installed; see README, Troubleshooting")
-
-
 def normalize_return(value, random_return, expert_return):
     """0 for the random policy, 1 for the expert; NaN where the two are equal."""
     return (value - random_return) / ((expert_return - random_return) or np.nan)
+
+
+# --- flags, endings, seeds ------------------------------------------------------------------------
 
 
 @dataclass
@@ -102,14 +115,26 @@ class RunArgs:
     runs_dir: Path = Path("runs")
     """Checkpoints, metrics and plots go to <runs-dir>/<game>."""
 
+    def __post_init__(self):
+        check_flags(self)
 
-def print_next(command, args):
-    """Prints the next command, with this run's folders unless they are the defaults."""
-    for flag in ("data_dir", "runs_dir"):
-        default = getattr(RunArgs, flag)
-        if (value := getattr(args, flag, default)) != default:
-            command += f" --{flag.replace('_', '-')} {value}"
-    print(f"next: python {command}")
+
+MAY_BE_0 = "seed num_levels train_frames test_frames random_frames grad_steps warmup_steps "
+MAY_BE_0 += "supervised_steps"
+
+
+def check_flags(args):
+    """Ends the run on a negative count, or 0 where it makes no sense; expands ~ in folders, which
+    the shell does not do in --flag=~/folder.
+    """
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, value.expanduser())
+        counts = value if isinstance(value, tuple) else (value,)
+        lowest = 0 if name in MAY_BE_0.split() or name.endswith("_ramp") else 1
+        for count in counts:
+            if type(count) is int and count < lowest:
+                fail(f"--{name.replace('_', '-')} {count}: {lowest} is the least")
 
 
 def fail(message):
@@ -119,14 +144,52 @@ def fail(message):
     raise SystemExit(f"error: {message}")
 
 
-def pick_device(name):
-    """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device"""
+def run(main, args_class):
+    """main(flags), and one line for the ways in which a run ends that are no fault of the code."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
+    try:
+        main(tyro.cli(args_class))
+    except KeyboardInterrupt:
+        resumable = "resume" in args_class.__dataclass_fields__
+        fail("stopped" + "; --resume continues from the last row of metrics" * resumable)
+    except OSError as error:
+        known = "ENOSPC EDQUOT EROFS EACCES EPERM EPIPE ENOLCK".split()
+        if errno.errorcode.get(error.errno) not in known:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        fail(f"{os.strerror(error.errno)}{place}; files that were complete are still there")
+
+
+def print_next(script, args, *flags):
+    """Prints the next command, with this run's folders unless they are the defaults."""
+    command = ["python", *script.split(), "--game", args.game, *flags]
+    for name in ("data_dir", "runs_dir"):
+        folder = getattr(args, name, None)
+        if folder not in (None, getattr(RunArgs, name)):
+            command += [f"--{name.replace('_', '-')}", str(folder)]
+    print(f"next: {shlex.join(command)}")
+
+
+def check_game(game):
+    """Ends the run if `game` cannot be played here."""
+    if game not in GAMES:
+        fail(f"'{game}' is not one of Procgen's games: {', '.join(GAMES)}")
+    if not importlib.util.find_spec("procgen"):
+        fail("games have to be played, and Procgen is not installed; see README, Troubleshooting")
+
+
+def pick_device(args):
+    """--device auto, cpu, cuda or cuda:N -> torch.device"""
+    name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} is not usable ({str(error).splitlines()[0]}); try --device cpu")
+    if name == "cpu" and getattr(args, "bf16", False):
+        if not torch.cpu.get_capabilities().get("avx512_bf16"):
+            print("warning: this CPU has no units for --bf16, which can be ten times slower here")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU; no effect on the CPU's float32
     torch.backends.cudnn.benchmark = True
     return torch.device(name)
@@ -135,6 +198,9 @@ def pick_device(name):
 def derive_seed(seed, purpose):
     """A 31-bit seed for each purpose, so that no two random streams of a run are equal."""
     return zlib.crc32(f"{seed}/{purpose}".encode()) >> 1
+
+
+# --- games ----------------------------------------------------------------------------------------
 
 
 def shrink(frames, size):
@@ -147,26 +213,33 @@ def shrink(frames, size):
 class ProcgenEnvs:
     """`num_envs` Procgen games ("easy") that step together; the games' own seed is set.
 
-    settings: game, frame_size and, if wanted, start_level, num_levels, plain, one_theme (see
-    collect_data.py). obs: uint8 [B, S, S, 3], the current frames; rendered: the same at 64x64.
+    recording: game, frame_size and, if wanted, start_level, num_levels, plain, one_theme, see
+    collect_data.py. obs: uint8 [B, S, S, 3], the current frames; rendered: the same at 64x64.
     finished: (env, episodic return) of each episode that ended; the caller empties it.
     """
 
-    def __init__(self, settings, num_envs, seed):
-        check_game(settings["game"])
+    def __init__(self, recording, num_envs, seed):
+        check_game(recording["game"])
         with contextlib.redirect_stderr(io.StringIO()):  # gym's notice about its successor
             from procgen import ProcgenGym3Env
-        options = {name: settings.get(name, 0) for name in ("start_level", "num_levels")}  # 0: all
-        options["restrict_themes"] = bool(settings.get("one_theme"))
-        if settings.get("plain"):
-            options |= dict(use_backgrounds=False, restrict_themes=True, use_monochrome_assets=True)
+        plain = recording.get("plain", False)
         gc.collect()  # games that are garbage must not be closed while others are being made
         self.games = ProcgenGym3Env(
-            num=num_envs, env_name=settings["game"], distribution_mode="easy", rand_seed=seed,
-            num_threads=min(num_envs, NUM_CORES), **options,
-        )  # fmt: skip
-        self.num_envs, self.frame_size = num_envs, settings["frame_size"]
-        self.finished, self._returns = [], np.zeros(num_envs)
+            num=num_envs,
+            env_name=recording["game"],
+            distribution_mode="easy",
+            rand_seed=seed,
+            num_threads=min(num_envs, NUM_CORES),
+            start_level=recording.get("start_level", 0),
+            num_levels=recording.get("num_levels", 0),  # 0: all
+            use_backgrounds=not plain,
+            use_monochrome_assets=plain,
+            restrict_themes=plain or recording.get("one_theme", False),
+        )
+        self.num_envs = num_envs
+        self.frame_size = recording["frame_size"]
+        self.finished = []
+        self._returns = np.zeros(num_envs)
         self._observe()
 
     def _observe(self):
@@ -182,17 +255,23 @@ class ProcgenEnvs:
         self.games.act(np.asarray(actions, np.int32))
         reward, done = self._observe()
         self._returns += reward
-        self.finished += [(int(env), float(self._returns[env])) for env in np.flatnonzero(done)]
+        for env in np.flatnonzero(done):
+            self.finished.append((int(env), float(self._returns[env])))
         self._returns[done] = 0
         return self.obs, reward, done
 
     def state_dict(self):
-        games = [torch.frombuffer(bytearray(s), dtype=torch.uint8) for s in self.games.get_state()]
-        return dict(games=games, returns=self._returns.tolist(), finished=self.finished)
+        states = self.games.get_state()
+        return dict(
+            games=[torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in states],
+            returns=self._returns.tolist(),
+            finished=self.finished,
+        )
 
     def load_state_dict(self, saved):
         self.games.set_state([state.numpy().tobytes() for state in saved["games"]])
-        self._returns, self.finished = np.array(saved["returns"]), saved["finished"]
+        self._returns = np.array(saved["returns"])
+        self.finished = saved["finished"]
         self._observe()
 
 
@@ -203,8 +282,10 @@ class RewardNormalizer:
 
     def __init__(self, num_envs, gamma):
         self.gamma = gamma
-        # of all discounted returns so far; the variance starts at 1
-        self.count, self.total, self.squares = 1e-4, 0.0, 1e-4
+        # count, sum and sum of squares of all discounted returns so far; the variance starts at 1
+        self.count = 1e-4
+        self.total = 0.0
+        self.squares = 1e-4
         self.discounted = np.zeros(num_envs)
 
     def __call__(self, reward, done):
@@ -221,24 +302,85 @@ class RewardNormalizer:
         return {name: np.asarray(value).tolist() for name, value in vars(self).items()}
 
     def load_state_dict(self, saved):
-        vars(self).update(saved | dict(discounted=np.array(saved["discounted"])))
+        vars(self).update(saved)
+        self.discounted = np.array(saved["discounted"])
 
 
 @torch.no_grad()
-def evaluate(envs, act, episodes_per_env):
-    """Returns float [B, episodes_per_env] of whole episodes; act: obs -> actions int [B]. Each
-    environment plays equally many: the first episodes to finish would be the short ones.
+def play_episodes(envs, act, episodes_per_env):
+    """Returns float [B, episodes_per_env] of whole episodes; act: obs -> actions int [B]. Every
+    environment plays the same number: the first episodes to end are the short ones.
     """
     returns = [[] for _ in range(envs.num_envs)]
-    with progress_bar(envs.num_envs * episodes_per_env, "episode", "evaluate") as bar:
-        while min(map(len, returns)) < episodes_per_env:
-            envs.step(act(envs.obs))
-            for env, episode_return in envs.finished:
-                if len(returns[env]) < episodes_per_env:
-                    returns[env].append(episode_return)
-                    bar.update()
-            envs.finished.clear()
+    bar = progress_bar(envs.num_envs * episodes_per_env, "episode", "play")
+    while min(map(len, returns)) < episodes_per_env:
+        envs.step(act(envs.obs))
+        for env, episode_return in envs.finished:
+            if len(returns[env]) < episodes_per_env:
+                returns[env].append(episode_return)
+                bar.update()
+        envs.finished.clear()
+    bar.close()
     return np.array(returns)
+
+
+def evaluation_returns(recording, act, args):
+    """Returns float [eval_episodes] of one episode in each of as many games, the same ones each
+    time; act: obs -> actions int [B].
+    """
+    envs = ProcgenEnvs(recording, args.eval_episodes, derive_seed(args.seed, "evaluate"))
+    return play_episodes(envs, act, 1)[:, 0]
+
+
+def capture_video(path, recording, act, seed, max_steps=300):
+    """Writes an animation (GIF) of whole episodes in 2 x 4 games, the same for all agents; the last
+    frame of an episode stays.
+    """
+    envs = ProcgenEnvs(recording, 8, derive_seed(seed, "video"))
+    shown = envs.rendered.copy()  # (8, 64, 64, 3)
+    playing = np.ones(8, bool)
+    pictures = []
+    while playing.any() and len(pictures) < max_steps:
+        grid = shown.reshape(2, 4, 64, 64, 3).swapaxes(1, 2)
+        pictures.append(Image.fromarray(grid.reshape(128, 256, 3)))
+        _, _, done = envs.step(act(envs.obs))
+        playing &= ~done
+        shown[playing] = envs.rendered[playing]
+    save_animation(pictures, path)
+    print(f"video: {path}")
+
+
+def save_animation(pictures, path):
+    """PIL images -> GIF, 15 a second"""
+    rest = pictures[1:]
+    with atomic_write(path) as temporary:
+        pictures[0].save(
+            temporary, format="GIF", save_all=True, append_images=rest, duration=66, loop=0
+        )
+
+
+def pop_ended(envs):
+    """Mean return and number of the episodes that ended since the last call. Those that end are the
+    short ones: for a fair mean see evaluation_returns().
+    """
+    returns = [episode_return for _, episode_return in envs.finished]
+    envs.finished.clear()
+    return float(np.mean(returns)) if returns else float("nan"), len(returns)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+_locks = {}
+
+
+def lock(path):
+    """Ends the run if another process writes `path`; the lock is held until this process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.resolve().with_name(f".{path.name}.lock")
+    try:
+        _locks.setdefault(file, FileLock(file)).acquire(timeout=0)
+    except Timeout:
+        fail(f"another run is writing {path}; give this one another --runs-dir or --data-dir")
 
 
 @contextlib.contextmanager
@@ -246,7 +388,7 @@ def atomic_write(path):
     """Yields a temporary path that takes the place of `path` if the block ends without error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.part")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -256,23 +398,32 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def new_folder(folder, overwrite):
-    """Yields a temporary folder that takes the place of `folder` if the block ends without error.
-    Of two runs at once, the second ends, as one does that finds a folder and may not overwrite it.
+    """Yields <folder>.part, which takes the place of `folder` if the block ends without error.
+    Until then, the old folder stays as it is. A second run that writes the same folder exits.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)  # released with the variable, or when the process ends
-    except Timeout:
-        fail(f"another run is writing {folder}")
-    if folder.exists() and not overwrite:
-        fail(f"{folder} is there already; --overwrite replaces it")
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    folder = folder.resolve()  # a link stays a link: what it points to is replaced
+    lock(folder)
+    part, complete, old = (
+        folder.with_name(folder.name + x) for x in (".part", ".complete", ".old")
+    )
+    if complete.exists():
+        fail(f"{complete} is a finished recording that is not in its place; rename or remove it")
+    if folder.exists():
+        if not overwrite:
+            fail(f"{folder} is there already; --overwrite replaces it")
+        try:  # now, not after hours of recording
+            folder.rename(old)
+            old.rename(folder)
+        except OSError as error:
+            fail(f"{folder} cannot be replaced ({error.strerror}: a mount?); see --data-dir")
+    shutil.rmtree(part, ignore_errors=True)  # incomplete, of a run that was killed
     part.mkdir()
     yield part
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    part.rename(complete)
+    if folder.exists():
+        folder.rename(old)
+    complete.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -285,8 +436,11 @@ def reading(path):
     except Exception as error:  # zipfile, zlib, pickle, KeyError, EOFError, ValueError and others
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         fault = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({reason})"
-        scripts = [x for start, x in WRITTEN_BY.items() if Path(path).name.startswith(start)]
-        fail(f"{path} is {fault}" + (f"; {scripts[0]} writes it" if scripts else ""))
+        name = Path(path).name
+        advice = [f"{script} writes it" for x, script in WRITTEN_BY.items() if name.startswith(x)]
+        if name.endswith("_state.pt"):
+            advice = ["leave out --resume to start from the beginning"]
+        fail("; ".join([f"{path} is {fault}", *advice[:1]]))
 
 
 def save_npz(path, settings, **arrays):
@@ -303,12 +457,13 @@ def load_npz(path, keys=None):
     """The arrays `keys`, or all, and the dict of settings ({} if there is none), as a dict."""
     with reading(path), np.load(path, allow_pickle=False) as file:
         settings = json.loads(str(file["settings"])) if "settings" in file.files else {}
-        return {key: file[key] for key in keys or file.files} | dict(settings=settings)
+        arrays = {key: file[key] for key in keys or file.files}
+    return arrays | dict(settings=settings)
 
 
 def save_checkpoint(path, **content):
     """Tensors and plain Python values only, so that it loads with weights_only=True."""
-    # through a file object: given a path, torch.save stores its name, which has the process id
+    # through a file object: given a path, torch.save stores its name
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         torch.save(dict(format=FORMAT) | content, file)
 
@@ -317,23 +472,44 @@ def load_checkpoint(path, kind, game):
     """The dict that save_checkpoint() wrote, on the CPU."""
     with reading(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found = f"{content['kind']} of {content['game']}, format {content.get('format', 1)}"
-    if found != (expected := f"{kind} of {game}, format {FORMAT}"):
+    if not isinstance(content, dict) or "kind" not in content:
+        fail(f"{path} is not a checkpoint of this project")
+    found = f"{content['kind']} of {content['game']}, format {content.get('format', 1)}"
+    expected = f"{kind} of {game}, format {FORMAT}"
+    if found != expected:
         fail(f"{path} holds {found}, not {expected}")
     return content
 
 
 def fingerprint(*modules):
     """16 hex digits that identify the weights, so that files of two runs are not mixed."""
-    weights = (weight for module in modules for weight in module.state_dict().values())
-    blob = b"".join(weight.cpu().numpy().tobytes() for weight in weights)
-    return hashlib.sha256(blob).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for module in modules:
+        for weight in module.state_dict().values():
+            digest.update(weight.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def to_input(frames):
-    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], channels last in memory."""
-    x = frames.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)
-    return x.float() / 255 - 0.5
+def frames_id(paths):
+    """Identifies the frames of these shards: the checksums that .npz files, which are zip archives,
+    hold of their arrays.
+    """
+    checksums = []
+    for path in paths:
+        with reading(path), zipfile.ZipFile(path) as archive:
+            checksums += [archive.getinfo(f"{name}.npy").CRC for name in ("obs", "first")]
+    return hashlib.sha256(str(checksums).encode()).hexdigest()[:16]
+
+
+# --- shards of frames -----------------------------------------------------------------------------
+
+
+class Shard(NamedTuple):
+    path: Path
+    obs: np.ndarray  # uint8 [N, S, S, 3]
+    valid: np.ndarray  # bool [N], see valid_windows()
+    z: np.ndarray  # float16 [N, Z]; Z is 0 where latents are not read
+    recording: dict  # how it was recorded, see collect_data.py
 
 
 def list_shards(folder):
@@ -343,34 +519,47 @@ def list_shards(folder):
 
 
 def read_frames(path, game):
-    """One shard: obs uint8 [N, S, S, 3], first bool [N], settings dict."""
-    obs, first, settings = load_npz(path, ("obs", "first")).values()
+    """One shard: obs uint8 [N, S, S, 3], first bool [N], recording dict."""
+    shard = load_npz(path, ["obs", "first"])
+    obs = shard["obs"]
+    first = shard["first"]
     size = obs.shape[1] if obs.ndim == 4 and obs.shape[1] in (16, 32, 64) else 64
-    found, expected = f"{obs.dtype} {obs.shape}", f"uint8 {(len(first), size, size, 3)}"
+    found = f"{obs.dtype} {obs.shape}"
+    expected = f"uint8 {(len(first), size, size, 3)}"
     if found != expected or first.dtype != bool or len(first) == 0:
         fail(f"{path} has obs {found}, not {expected}, or first is not bool [N > 0]")
-    if settings.get("game", game) != game:
-        fail(f"{path} was recorded from {settings['game']}, not from {game}")
-    # own shards may lack settings
-    known = dict(zip(("random_return", "expert_return"), GAMES.get(game, ())), num_levels=0)
-    return obs, first, known | settings | dict(game=game, frame_size=size)
+    recording = dict(num_levels=0)  # shards of one's own may lack settings
+    if game in GAMES:
+        recording["random_return"] = GAMES[game].random_return
+        recording["expert_return"] = GAMES[game].expert_return
+    recording |= shard["settings"]
+    if recording.setdefault("game", game) != game:
+        fail(f"{path} was recorded from {recording['game']}, not from {game}")
+    return obs, first, recording | dict(frame_size=size)
 
 
-def read_latents(frames_path, latents_dir, dynamics):
-    """z float16 [N, Z] before quantization and valid bool [N] of one shard of frames, which must
-    come from the run of stage 1 with the fingerprint `dynamics`.
+def read_latents(frames_path, latents_dir, dynamics_id):
+    """z float16 [N, Z] before quantization and valid bool [N] of one shard of frames. They must be
+    of these frames, and of the run of stage 1 with this id.
     """
     path = latents_dir / frames_path.name.replace("frames", "latents")
-    z, valid, settings = load_npz(path, ("z", "valid")).values()
-    if settings.get("dynamics") != dynamics:
+    latents = load_npz(path, ["z", "valid"])
+    if latents["settings"].get("dynamics_id") != dynamics_id:
         fail(f"{path} is of another run of stage 1; repeat stage 1 (--resume), then stage 2")
-    return z, valid
+    if latents["settings"].get("frames_id") != frames_id([frames_path]):
+        fail(f"{path} was made from other frames than {frames_path}; repeat stage 1, then stage 2")
+    return latents["z"], latents["valid"]
+
+
+def labels_path(frames_path):
+    return frames_path.with_name(frames_path.name.replace("frames", "labels"))
 
 
 def read_actions(frames_path):
     """The true actions of one shard of frames: uint8 [N], or float32 [N, A] if continuous."""
-    path = frames_path.with_name(frames_path.name.replace("frames", "labels"))
-    action, first = load_npz(path, ["action"])["action"], load_npz(frames_path, ["first"])["first"]
+    path = labels_path(frames_path)
+    action = load_npz(path, ["action"])["action"]
+    first = load_npz(frames_path, ["first"])["first"]
     continuous = action.dtype.kind == "f"
     rows = action.shape[:-1] if continuous else action.shape
     if rows != first.shape or not (continuous or np.isin(action, range(NUM_ACTIONS)).all()):
@@ -387,93 +576,111 @@ def valid_windows(first, context):
     return valid
 
 
-def read_shard(path, game, context, latents_dir=None, dynamics=None):
-    """path, obs uint8 [N, S, S, 3], valid bool [N], z float16 [N, Z] (Z = 0: unread), settings"""
-    try:
-        obs, first, settings = read_frames(path, game)
-        valid, z = valid_windows(first, context), np.zeros((len(obs), 0), np.float16)
-        if dynamics:
-            z, labelled = read_latents(path, latents_dir, dynamics)
-            if not np.array_equal(valid, labelled):
-                fail(f"{latents_dir} was made from other frames than {path}")
-        return path, obs, valid, z, settings
-    except SystemExit as error:  # of a worker process; read_ahead() raises it in the main one
-        return error
+def read_shard(path, game, context, latents_dir=None, dynamics_id=None):
+    """Frames, and with dynamics_id their latents."""
+    obs, first, recording = read_frames(path, game)
+    valid = valid_windows(first, context)
+    z = np.zeros((len(obs), 0), np.float16)
+    if dynamics_id:
+        z, labelled = read_latents(path, latents_dir, dynamics_id)
+        if not np.array_equal(valid, labelled):
+            fail(f"{latents_dir} has latents of other windows than {path}; repeat stage 1")
+    return Shard(path, obs, valid, z, recording)
 
 
-def die_with_parent(_):
-    """In a worker: without this, workers of a killed run can wait for it for ever (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def in_background(function, items, ahead=4):
+    """Yields function(item) of each item, in order; threads compute the next `ahead` ones meanwhile
+    (zlib releases the GIL). An error is raised where its result would be yielded.
+    """
+    pending = collections.deque()
+    with ThreadPoolExecutor(min(4, NUM_CORES)) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
-def read_ahead(paths, sampler=None, **arguments):
-    """Yields read_shard(path, **arguments); worker processes read the next ones meanwhile."""
-    gc.collect()  # games that are garbage: their destructors hang in a forked worker
-    options = dict(num_workers=min(4, NUM_CORES, len(paths)), worker_init_fn=die_with_parent)
-    options["collate_fn"] = functools.partial(read_shard, **arguments)
-    for shard in torch.utils.data.DataLoader(paths, None, sampler=sampler, **options):
-        if isinstance(shard, SystemExit):
-            fail(str(shard).removeprefix("error: "))
-        yield shard
+def endless_passes(paths, generator):
+    """Yields all paths in random order, again and again."""
+    while True:
+        for i in torch.randperm(len(paths), generator=generator).tolist():
+            yield paths[i]
 
 
 class FrameStore:
     """Draws windows uniformly, with replacement, from shards that need not fit into memory.
 
-    Holds at most `pool_frames` frames, on `device` if they fit there. If there are more, the oldest
-    shard is evicted for the next one after as many draws as it has windows.
+    If there are more than `pool_frames` frames, half as many are in use, for as many draws as they
+    have windows, while the next half is read. Frames in use are on `device` if they fit there.
     """
 
-    def __init__(self, args, split, context, device, dynamics=None, pool_frames=131_072):
-        """args: RunArgs, for folders and seed; dynamics: see read_latents(), for z_at()."""
-        self.folder, self.game = args.data_dir / args.game / split, args.game
-        self.context, self.device = context, device
-        paths, sampler = list_shards(self.folder), None
-        lengths = [len(load_npz(path, ["first"])["first"]) for path in paths]
-        self.num_frames, self.slot_rows = sum(lengths), max(1, *lengths)
-        num_slots = min(len(paths), max(1, pool_frames // self.slot_rows))
-        self.streams = num_slots < len(paths)
+    def __init__(self, args, split, context, device, dynamics_id=None, pool_frames=131_072):
+        """args: RunArgs, for folders and seed; dynamics_id: see read_latents(), for z_at()."""
+        self.folder = args.data_dir / args.game / split
+        self.game = args.game
+        self.context = context
+        self.device = device
         self.generator = torch.Generator().manual_seed(derive_seed(args.seed, split))
-        if self.streams:  # in shuffled passes without end
-            shuffle = torch.Generator().manual_seed(derive_seed(args.seed, "order of shards"))
-            sampler = torch.utils.data.RandomSampler(paths, num_samples=10**9, generator=shuffle)
-        where = dict(latents_dir=args.runs_dir / args.game / split, dynamics=dynamics)
-        self.shards = read_ahead(paths, sampler, game=args.game, context=context, **where)
-        self.paths, self.windows = [None] * num_slots, [None] * num_slots  # of the shard in a slot
-        self.obs, self.oldest, self.draws = None, 0, 0
-        for slot in range(num_slots):
-            self._fill(slot)
-        if not self.streams:
-            self.shards = None  # ends the workers
-        self.rows = torch.cat(self.windows)
-        if len(self.rows) == 0:
-            fail(f"no window of {context + 2} frames in {self.folder} lies within an episode")
+        paths = list_shards(self.folder)
+        lengths = [len(load_npz(path, ["first"])["first"]) for path in paths]
+        self.num_frames = sum(lengths)
+        self.streams = self.num_frames > pool_frames
+        self.num_shards = len(paths)  # in use at once
+        order = paths
+        if self.streams:
+            self.num_shards = max(1, pool_frames // 2 // max(lengths))
+            seed = derive_seed(args.seed, "order of shards")
+            order = endless_passes(paths, torch.Generator().manual_seed(seed))
 
-    def _fill(self, slot):
-        path, obs, valid, z, settings = next(self.shards)
-        if self.obs is None:
-            self.frame_size, self.settings = obs.shape[1], settings
-            size, place = len(self.paths) * self.slot_rows, dict(device=self.device)
-            if self.device.type == "cuda":  # at most half of what is free: networks need some, too
-                fits = size * obs[0].nbytes < torch.cuda.mem_get_info(self.device)[0] / 2
-                place = place if fits else dict(pin_memory=True)
-            self.obs = torch.empty(size, *obs.shape[1:], dtype=torch.uint8, **place)
-            self.z = torch.empty(size, z.shape[1], dtype=torch.float16, **place)
-        if obs.shape[1] != self.frame_size:
-            fail(f"{self.folder} has frames of {self.frame_size} and of {obs.shape[1]} pixels")
-        start = slot * self.slot_rows
-        for pool, array in ((self.obs, obs), (self.z, z)):
-            pool[start : start + len(array)] = torch.from_numpy(array)
-        self.paths[slot], self.windows[slot] = path, torch.from_numpy(start + np.flatnonzero(valid))
+        def read(path):
+            latents_dir = args.runs_dir / args.game / split
+            return read_shard(path, args.game, context, latents_dir, dynamics_id)
+
+        self.shards = in_background(read, order, ahead=self.num_shards)
+        self.obs = None
+        self.size = self.num_shards * max(1, *lengths)
+        self._load_next()
+
+    def _allocate(self, shard):
+        self.frame_size = shard.obs.shape[1]
+        self.recording = shard.recording
+        device = self.device
+        if device.type == "cuda":  # at most half of what is free: networks need some, too
+            free = torch.cuda.mem_get_info(device)[0]
+            device = device if self.size * shard.obs[0].nbytes < free / 2 else "cpu"
+        self.obs = torch.empty(self.size, *shard.obs.shape[1:], dtype=torch.uint8, device=device)
+        self.z = torch.empty(self.size, shard.z.shape[1], dtype=torch.float16, device=device)
+
+    def _load_next(self):
+        """Puts the next shards in the place of those in use."""
+        self.paths = []
+        rows = []
+        start = 0
+        for _ in range(self.num_shards):
+            shard = next(self.shards)
+            if self.obs is None:
+                self._allocate(shard)
+            if shard.obs.shape[1] != self.frame_size:
+                sizes = f"{self.frame_size} and of {shard.obs.shape[1]}"
+                fail(f"{self.folder} has frames of {sizes} pixels")
+            stop = start + len(shard.obs)
+            self.obs[start:stop] = torch.from_numpy(shard.obs)
+            self.z[start:stop] = torch.from_numpy(shard.z)
+            self.paths.append(shard.path)
+            rows.append(start + np.flatnonzero(shard.valid))
+            start = stop
+        self.rows = torch.from_numpy(np.concatenate(rows))  # of all valid windows
+        self.draws_left = len(self.rows)
+        if len(self.rows) == 0:
+            fail(f"no window of {self.context + 2} frames in {self.folder} lies within an episode")
 
     def draw(self, batch):
         """Rows int64 (B,) of o_t, for the methods below; they hold until the next draw()."""
-        if self.streams and self.draws >= len(self.windows[self.oldest]):
-            self._fill(self.oldest)
-            self.oldest, self.draws = (self.oldest + 1) % len(self.paths), 0
-            self.rows = torch.cat(self.windows)
-        self.draws += batch
+        if self.streams and self.draws_left <= 0:
+            self._load_next()
+        self.draws_left -= batch
         return self.rows[torch.randint(len(self.rows), (batch,), generator=self.generator)]
 
     def _gather(self, pool, rows):
@@ -496,20 +703,29 @@ def true_actions_to_report_on(store, rows):
     """The true actions at rows of a FrameStore: int [n], those of equal effect merged, or float32
     [n, A] if continuous. None if there are no label files. To report on latents, not to learn them.
     """
-    names = (path.name.replace("frames", "labels") for path in store.paths)
-    if not all((store.folder / name).exists() for name in names):
+    missing = [path for path in store.paths if not labels_path(path).exists()]
+    if len(missing) == len(store.paths):
         return None
-    shards = [read_actions(path) for path in store.paths]
-    starts = np.cumsum([0, *map(len, shards)])  # of each shard
-    slot, row = np.divmod(rows.numpy(), store.slot_rows)
-    actions = np.concatenate(shards)[starts[slot] + row]
+    if missing:
+        fail(f"{len(missing)} of {len(store.paths)} shards in {store.folder} lack labels")
+    actions = np.concatenate([read_actions(path) for path in store.paths])[rows.numpy()]
     return actions if actions.dtype.kind == "f" else distinct_actions(store.game)[actions]
+
+
+def to_input(frames):
+    """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], channels last in memory."""
+    x = frames.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)
+    return x.float() / 255 - 0.5
+
+
+# --- resuming, metrics, plots ---------------------------------------------------------------------
 
 
 def check_finite(step, path, *modules):
     """Ends the run if a weight is not finite, before `path` is overwritten."""
-    if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
-        fail(f"not finite at step {step}; {path} stays as it was; try a lower learning rate")
+    for module in modules:
+        if not all(weight.isfinite().all() for weight in module.parameters()):
+            fail(f"not finite at step {step}; {path} stays as it was; try a lower learning rate")
 
 
 def save_state(path, args, step, parts, **values):
@@ -517,26 +733,34 @@ def save_state(path, args, step, parts, **values):
     states = {}
     for name, part in parts.items():
         states[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
-    flags = {flag: str(value) for flag, value in vars(args).items()}
-    content = dict(flags=flags, step=step, parts=states, values=values, rng=torch.get_rng_state())
-    save_checkpoint(path, kind="run state", game=args.game, **content)
+    save_checkpoint(
+        path,
+        kind="run state",
+        game=args.game,
+        step=step,
+        flags={flag: str(value) for flag, value in vars(args).items()},
+        parts=states,
+        values=values,
+        rng=torch.get_rng_state(),
+    )
 
 
 def load_state(path, args, parts, made_from=None):
     """With --resume, restores parts ({name: object with state_dict(), or torch.Generator}). Returns
     the step and the values that were saved; 0 and {} without --resume or a saved state. made_from:
-    fingerprint of what the stage before made, if save_state() was given it.
+    id of what the run reads, if save_state() was given it.
     """
     if not args.resume or not Path(path).exists():
         return 0, {}
     state = load_checkpoint(path, "run state", args.game)
     for flag, value in vars(args).items():
-        was, free = state["flags"].get(flag), ("resume", "device", "compile", "overwrite")
-        if str(value) != was and flag not in free and not flag.endswith("_dir"):
+        saved = state["flags"].get(flag)
+        free = flag in ("resume", "device", "compile", "overwrite") or flag.endswith("_dir")
+        if str(value) != saved and not free:
             flag = flag.replace("_", "-")
-            fail(f"--{flag} is {value}, but the run in {path} has {was}; resume it with its flags")
+            fail(f"--{flag} is {value}, but the run in {path} has {saved}; resume with its flags")
     if state["values"].get("made_from", made_from) != made_from:
-        fail(f"{path} is of a run on another result of the stage before; leave out --resume")
+        fail(f"{path} is of a run on other frames or another earlier stage; leave out --resume")
     for name, part in parts.items():
         restore = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
         restore(state["parts"][name])
@@ -545,28 +769,84 @@ def load_state(path, args, parts, made_from=None):
     return state["step"], state["values"]
 
 
+class LogFile:
+    """stderr of a progress bar that is not on a screen: lines in place of carriage returns."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 def progress_bar(total, unit, description=None, initial=0):
-    """tqdm's bar; in a log file it prints every 20 seconds."""
-    options = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)
-    return tqdm(total=total, unit=unit, desc=description, initial=initial, **options)
+    """tqdm's bar: steps, rate and time left; in a log file a line every 20 seconds."""
+    options = dict(total=total, unit=unit, desc=description, initial=initial)
+    if sys.stderr.isatty():
+        return tqdm(**options, dynamic_ncols=True, mininterval=0.5)
+    return tqdm(**options, file=LogFile(), ncols=0, mininterval=20, miniters=1, delay=20)
 
 
 class MetricsLog:
-    """A progress bar, and rows of metrics for the screen and a CSV file; first comes the step. Of
-    a run that resumes at the step `start`, later rows leave the file.
+    """A progress bar, and rows of metrics for the screen and a CSV file; first comes the step. A
+    run that resumes at the step `start` keeps the rows up to there.
     """
 
     def __init__(self, path, total, unit, start=0):
-        self.path, self.bar = Path(path), progress_bar(total, unit, initial=start)
-        rows = self.path.read_text().splitlines() if start and self.path.exists() else []
-        kept = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= start]
+        self.path = Path(path)
+        self.bar = progress_bar(total, unit, initial=start)
+        rows = []
+        if start and self.path.exists():
+            rows = self.path.read_text(errors="replace").splitlines()
+        columns = rows[0].count(",") if rows else 0
+        kept = rows[:1]
+        for row in rows[1:]:  # the last one may be damaged, if the disk was full
+            step = row.split(",")[0]
+            if step.isdigit() and int(step) <= start and row.count(",") == columns:
+                kept.append(row)
         with atomic_write(path) as temporary:
             temporary.write_text("".join(f"{row}\n" for row in kept))
 
     def write(self, **row):
-        row = {key: x.item() if isinstance(x, torch.Tensor) else x for key, x in row.items()}
+        for name, value in row.items():
+            row[name] = value.item() if isinstance(value, torch.Tensor) else value
         with open(self.path, "a") as file:
-            header = [",".join(row)] if file.tell() == 0 else []
-            print(*header, ",".join(map(str, row.values())), sep="\n", file=file)
-        shown = {key: f"{x:.4g}" if isinstance(x, float) else x for key, x in row.items()}
-        self.bar.write("  ".join(f"{key} {x}" for key, x in shown.items()))
+            if file.tell() == 0:
+                file.write(",".join(row) + "\n")
+            file.write(",".join(map(str, row.values())) + "\n")
+        shown = [f"{k} {x:.4g}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
+        self.bar.write("  ".join(shown))
+
+
+def save_figure(figure, path):
+    """Writes a matplotlib figure as PNG, atomically, and closes it."""
+    import matplotlib.pyplot as plt
+
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)
+
+
+def plot_returns(path, title, xlabel, curves, references):
+    """Returns of one game (Figures 3 and 4): curves {name: (x [L], returns [L, seeds])}, references
+    {name: return}.
+    """
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
+    for i, (name, (x, returns)) in enumerate(curves.items()):
+        mean = returns.mean(1)
+        std = returns.std(1, ddof=min(1, returns.shape[1] - 1))
+        axes.plot(x, mean, ".-", color=f"C{i}", label=name)
+        axes.fill_between(x, mean - std, mean + std, color=f"C{i}", alpha=0.2, linewidth=0)
+    for style, (name, value) in zip(("--", ":", "-."), references.items()):
+        axes.axhline(value, color="black", linestyle=style, label=f"{name} ({value:.2f})")
+    axes.set(xlabel=xlabel, ylabel="mean episodic return", title=title)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    if xlabel == "labelled frames":
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
+    save_figure(figure, path)

@@ -2,28 +2,26 @@
 
 For each number of labels N and each seed, an action decoder is fitted on N pairs of the IDM's z_t
 and the true action, and plays on top of the frozen latent policy: action = decoder(policy(o_t)).
-Beside them plays a blind policy, the control: it draws actions with the expert's frequencies.
+A control plays beside them, the blind policy: it draws actions with the expert's frequencies.
 
 reads   runs/<game>/latent_policy.pt, {train,test}/latents_NNN.npz,
         data/<game>/{train,test}/frames_NNN.npz, labels_NNN.npz
-writes  runs/<game>/decode_offline.npz, decode_offline.png
+writes  runs/<game>/decode_offline.npz, .png, .pt (the first decoder for each N), .gif
 
 paper scale   python decode_offline.py --game bigfish
 on a CPU      python decode_offline.py --game miner --labels 16 64 256 1024 --decoder-seeds 3
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import common  # before torch
-import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+TEST_FRAMES = 4096  # held-out frames on which decoders are judged
+LABELLED_SHARDS = 16  # at most; labelled rows come from shards all over the folder
 
 
 @dataclass
@@ -33,7 +31,7 @@ class Args(common.RunArgs):
     decoder_seeds: int = 5
     """Decoders for each N, each with frames of its own (the paper: 3 seeds)."""
     decoder_steps: int = 500
-    """Updates of a decoder; many more overfit a few hundred labels (results/LOG.md)."""
+    """Updates of a decoder; many more overfit a few hundred labels (docs/lessons.md)."""
     decoder_batch_size: int = 128
     """Labelled frames per update."""
     decoder_lr: float = 1e-3
@@ -44,6 +42,8 @@ class Args(common.RunArgs):
     """Episodes that each decoder plays."""
     envs_per_decoder: int = 8
     """Games that each decoder plays at once; each game has an equal quota of its episodes."""
+    capture_video: bool = False
+    """Write an animation (.gif) of the agent in eight games; offline, with the most labels."""
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -57,7 +57,8 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1)
 
     def forward(self, x):
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, S, S)
+        h = self.conv1(F.relu(x))  # (B, hidden, S, S)
+        return x + self.conv2(F.relu(h))  # (B, C, S, S)
 
 
 class ImpalaCNN(nn.Sequential):
@@ -65,9 +66,14 @@ class ImpalaCNN(nn.Sequential):
 
     def __init__(self, in_channels, frame_size, multiplier):
         layers = []
-        for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
-            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
-            layers += [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
+        for base_channels in (16, 32, 32):
+            channels = int(base_channels * multiplier)
+            layers += [
+                nn.Conv2d(in_channels, channels, 3, padding=1),
+                nn.MaxPool2d(3, 2, 1),
+                ResidualBlock(channels, channels),
+                ResidualBlock(channels, channels),
+            ]
             in_channels = channels
         super().__init__(*layers, nn.ReLU(), nn.Flatten())
         self.num_features = channels * (frame_size // 8) ** 2
@@ -90,7 +96,8 @@ class LatentPolicy(nn.Module):
 
     def latent(self, features):
         """(B, F) -> z (B, Z)"""
-        return self.mean + self.std * self.head(F.relu(self.hidden(features)))
+        h = F.relu(self.hidden(features))  # (B, 256)
+        return self.mean + self.std * self.head(h)
 
     def forward(self, obs):
         """uint8 (B, S, S, 3) -> z (B, Z)"""
@@ -102,10 +109,15 @@ class ActionDecoder(nn.Module):
 
     def __init__(self, z_dim):
         super().__init__()
-        layers, sizes = [], (z_dim, 192, 128, 64)
-        for i, o in zip(sizes, sizes[1:]):
-            layers += [nn.Linear(i, o), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(64, common.NUM_ACTIONS))
+        self.layers = nn.Sequential(
+            nn.Linear(z_dim, 192),
+            nn.ReLU(),
+            nn.Linear(192, 128),
+            nn.ReLU(),
+            nn.Linear(128, 64),
+            nn.ReLU(),
+            nn.Linear(64, common.NUM_ACTIONS),
+        )
         self.register_buffer("mean", torch.zeros(z_dim))  # z is standardized (not in official code)
         self.register_buffer("std", torch.ones(z_dim))
 
@@ -131,149 +143,195 @@ def fit_decoder(decoder, z, actions, args, generator):
 
 def sample_actions(logits, generator):
     """logits (B, A) -> actions int64 (B,), drawn from the softmax."""
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    probabilities = logits.softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-def labelled_shards(frames_dir, at_most=16):
+def make_player(compute_logits, device, seed):
+    """act: obs uint8 [B, S, S, 3] -> actions int [B], sampled. compute_logits: obs (B, S, S, 3) on
+    the device -> logits (B, 15).
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    @torch.no_grad()
+    def act(obs):
+        logits = compute_logits(torch.from_numpy(obs).to(device))
+        return sample_actions(logits, generator).cpu().numpy()
+
+    return act
+
+
+def load_policy(run, game, device):
+    """The content of latent_policy.pt, and its policy, frozen."""
+    checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", game)
+    policy = LatentPolicy(**checkpoint["config"])
+    policy.load_state_dict(checkpoint["policy"])
+    policy.to(device, memory_format=torch.channels_last).eval()
+    return checkpoint, policy.requires_grad_(False)
+
+
+def labelled_shards(frames_dir):
     """Paths of shards from all over the folder, whose rows can be labelled."""
     paths = common.list_shards(frames_dir)
-    return [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, at_most).astype(int))]
+    chosen = np.linspace(0, len(paths) - 1, LABELLED_SHARDS).astype(int)
+    return [paths[i] for i in np.unique(chosen)]
 
 
-def load_labelled(frames_dir, latents_dir, dynamics):
+def load_labelled(frames_dir, latents_dir, dynamics_id):
     """z float32 (n, Z) and true actions int64 (n,) of all valid rows of labelled_shards()."""
-    z, actions = [], []
+    z = []
+    actions = []
     for path in labelled_shards(frames_dir):
-        shard_z, valid = common.read_latents(path, latents_dir, dynamics)
+        shard_z, valid = common.read_latents(path, latents_dir, dynamics_id)
         z.append(shard_z[valid])
         actions.append(common.read_actions(path)[valid])
-    z, actions = np.concatenate(z), np.concatenate(actions)
-    return torch.from_numpy(z).float(), torch.from_numpy(actions).long()
+    z = torch.from_numpy(np.concatenate(z)).float()
+    return z, torch.from_numpy(np.concatenate(actions)).long()
 
 
-def plot(path, title, xlabel, curves, references):
-    """Figures 3 and 4 of one game: curves {name: (x [L], returns [L, seeds])}, references {name:
-    return}.
+def draw_labels(num_rows, count, args, seed):
+    """The rows that decoder `seed` has labels of, int64 (count,): more labels contain the fewer
+    ones; and the generator, for fitting it.
     """
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    for color, (name, (x, returns)) in enumerate(curves.items()):
-        mean, std = returns.mean(1), returns.std(1, ddof=min(1, returns.shape[1] - 1))
-        axes.plot(x, mean, ".-", color=f"C{color}", label=name)
-        axes.fill_between(x, mean - std, mean + std, color=f"C{color}", alpha=0.2, linewidth=0)
-    for (name, value), style in zip(references.items(), ("--", ":", "-.")):
-        axes.axhline(value, color="black", linestyle=style, label=f"{name} ({value:.2f})")
-    axes.set(xlabel=xlabel, ylabel="mean episodic return", title=title)
-    if xlabel == "labelled frames":
-        axes.set_xscale("log", base=2)
-    else:
-        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
-    with common.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
+    generator = torch.Generator().manual_seed(common.derive_seed(args.seed, f"labels {seed}"))
+    return torch.randperm(num_rows, generator=generator)[:count], generator
+
+
+def load_held_out(args, context, device, dynamics_id):
+    """o_t uint8 (N, S, S, 3), z_t (N, Z) and distinct true actions int64 (N,) of test frames."""
+    test = common.FrameStore(args, "test", context, device, dynamics_id)
+    rows = test.draw(TEST_FRAMES)
+    actions = common.true_actions_to_report_on(test, rows)
+    if actions is None:
+        common.fail(f"{test.folder} lacks labels_NNN.npz, on which decoders are judged")
+    return test.frames_at(rows), test.z_at(rows), torch.from_numpy(actions).to(device)
+
+
+def judge(logits, true_actions, game):
+    """Accuracy [D] of D logits (N, 15) on actions (N,), those of equal effect merged."""
+    distinct = torch.from_numpy(common.distinct_actions(game)).to(true_actions.device)
+    guesses = distinct[torch.stack(logits).argmax(-1)]  # (D, N)
+    return (guesses == true_actions).float().mean(1).cpu().numpy()
+
+
+def fit_decoders(z, actions, args, device):
+    """A decoder for each number of labels and each seed, in this order."""
+    decoders = []
+    for count in args.labels:
+        for seed in range(args.decoder_seeds):
+            rows, generator = draw_labels(len(z), count, args, seed)
+            decoder = ActionDecoder(z.shape[1])
+            decoder.mean.copy_(z.mean(0))  # latents need no labels, so this is of all rows
+            decoder.std.copy_(z.std(0) + 1e-6)
+            decoder.to(device)
+            fit_decoder(decoder, z[rows].to(device), actions[rows].to(device), args, generator)
+            decoders.append(decoder.requires_grad_(False))
+    return decoders
+
+
+def play(compute_logits, num_policies, recording, args, device):
+    """Mean returns [num_policies]. compute_logits: frames uint8 (num_policies * n, S, S, 3) ->
+    logits (num_policies * n, 15), of which policy i computes the i-th part for its own n games.
+    """
+    act = make_player(compute_logits, device, args.seed)
+    seed = common.derive_seed(args.seed, "decode offline")
+    envs = common.ProcgenEnvs(recording, num_policies * args.envs_per_decoder, seed)
+    quota = -(-args.episodes // args.envs_per_decoder)
+    return common.play_episodes(envs, act, quota).reshape(num_policies, -1).mean(1)
+
+
+def play_blindly(actions, recording, args):
+    """Mean return of a policy that draws actions as often as they occur in actions [n]."""
+    rng = np.random.default_rng(args.seed)
+    frequencies = np.bincount(actions, minlength=common.NUM_ACTIONS) / len(actions)
+    seed = common.derive_seed(args.seed, "decode offline")
+    envs = common.ProcgenEnvs(recording, 64, seed)
+    return common.play_episodes(
+        envs, lambda obs: rng.choice(common.NUM_ACTIONS, size=len(obs), p=frequencies), 4
+    ).mean()
 
 
 def main(args):
-    device = common.pick_device(args.device)
+    device = common.pick_device(args)
     common.check_game(args.game)
     torch.manual_seed(args.seed)
-    if min(args.labels) < 1:
-        common.fail(f"--labels {min(args.labels)}: a decoder needs at least one")
     data, run = args.data_dir / args.game, args.runs_dir / args.game
-    checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", args.game)
-    z_dim, settings = checkpoint["z_dim"], checkpoint["settings"]
-    policy = LatentPolicy(checkpoint["frame_size"], checkpoint["multiplier"], z_dim)
-    policy.load_state_dict(checkpoint["policy"])
-    policy.to(device, memory_format=torch.channels_last).eval()
-    stamp = checkpoint["dynamics"]
-    random_return, expert_return = settings["random_return"], settings["expert_return"]
-    results, kept = run / "decode_offline.npz", {}
-    saved = settings | asdict(args) | dict(labels=[*args.labels], dynamics=stamp)
-    if results.exists():  # what baselines/label_efficiency.py added to results of this run stays
-        old = common.load_npz(results)
-        was = old.pop("settings")
-        if all(was.get(name) == saved[name] for name in ("labels", "seed", "dynamics")):
-            kept, saved = old, was | saved
+    output = run / "decode_offline.npz"
+    checkpoint, policy = load_policy(run, args.game, device)
+    recording = checkpoint["recording"]
+    dynamics_id = checkpoint["dynamics_id"]
+    common.lock(output)
 
-    # --- data: labelled rows, and held-out frames o_t, z_t and true actions
-    z, actions = load_labelled(data / "train", run / "train", stamp)
+    # --- data: labelled rows, and held-out frames
+    z, actions = load_labelled(data / "train", run / "train", dynamics_id)
     if len(z) < max(args.labels):
         common.fail(f"{data / 'train'} has {len(z)} labelled rows, fewer than {max(args.labels)}")
-    frequencies = np.bincount(actions, minlength=common.NUM_ACTIONS) / len(actions)
-    test = common.FrameStore(args, "test", checkpoint["context"], device, stamp)
-    rows = test.draw(4096)
-    test_z, test_actions = test.z_at(rows), common.true_actions_to_report_on(test, rows)
-    if test_actions is None:
-        common.fail(f"{test.folder} lacks labels_NNN.npz, on which decoders are judged")
-    with torch.no_grad():
-        predicted_z = torch.cat([policy(obs) for obs in test.frames_at(rows).split(512)])
-
-    # --- a decoder for each number of labels and each seed; more labels contain the fewer ones
+    test_obs, test_z, test_actions = load_held_out(args, checkpoint["context"], device, dynamics_id)
     print(
         f"stage 3, offline: {len(args.labels)} x {args.decoder_seeds} decoders of {args.game} on "
         f"{device}, {args.episodes} episodes each"
     )
-    distinct = torch.from_numpy(common.distinct_actions(args.game)).to(device)
-    shape, decoders = (len(args.labels), args.decoder_seeds), []
-    accuracy, policy_accuracy = np.zeros(shape), np.zeros(shape)
-    for i, seed in np.ndindex(shape):
-        generator = torch.Generator().manual_seed(common.derive_seed(args.seed, f"labels {seed}"))
-        rows = torch.randperm(len(z), generator=generator)[: args.labels[i]]
-        decoder = ActionDecoder(z_dim)
-        decoder.mean.copy_(z.mean(0))  # latents need no labels, so the statistics are of all rows
-        decoder.std.copy_(z.std(0) + 1e-6)
-        decoder.to(device)
-        fit_decoder(decoder, z[rows].to(device), actions[rows].to(device), args, generator)
-        decoders.append(decoder)
-        with torch.no_grad():
-            for result, latents in ((accuracy, test_z), (policy_accuracy, predicted_z)):
-                guesses = distinct[decoder(latents).argmax(1)].cpu().numpy()
-                result[i, seed] = (guesses == test_actions).mean()
 
-    # --- play: all decoders share one vectorized environment and the policy's forward pass
-    generator = torch.Generator(device).manual_seed(args.seed)
-    rng, quota = np.random.default_rng(args.seed), -(-args.episodes // args.envs_per_decoder)
+    # --- fit, and judge on held-out frames: decoder(z_t), decoder(policy(o_t))
+    decoders = fit_decoders(z, actions, args, device)
+    shape = (len(args.labels), args.decoder_seeds)
+    predicted_z = torch.cat([policy(obs) for obs in test_obs.split(512)])
+    accuracy = judge([decoder(test_z) for decoder in decoders], test_actions, args.game)
+    policy_accuracy = judge([decoder(predicted_z) for decoder in decoders], test_actions, args.game)
 
-    def act(obs):
-        latents = policy(torch.from_numpy(obs).to(device)).chunk(len(decoders))
-        logits = torch.cat([decoder(part) for decoder, part in zip(decoders, latents)])
-        return sample_actions(logits, generator).cpu().numpy()
+    # --- play: the policy's forward pass is shared, then each decoder has its own games
+    def compute_logits(obs):
+        parts = policy(obs).chunk(len(decoders))
+        return torch.cat([decoder(part) for decoder, part in zip(decoders, parts)])
 
-    def act_blindly(obs):
-        return rng.choice(common.NUM_ACTIONS, size=len(obs), p=frequencies)
+    returns = play(compute_logits, len(decoders), recording, args, device)
+    results = dict(
+        labels=np.array(args.labels),
+        returns=returns.reshape(shape),
+        accuracy=accuracy.reshape(shape),
+        policy_accuracy=policy_accuracy.reshape(shape),
+        blind_return=play_blindly(actions, recording, args),
+        random_return=recording["random_return"],
+        expert_return=recording["expert_return"],
+    )
 
-    num_envs = len(decoders) * args.envs_per_decoder
-    env_seed = common.derive_seed(args.seed, "decode offline")
-    envs = common.ProcgenEnvs(settings, num_envs, env_seed)
-    returns = common.evaluate(envs, act, quota).reshape(*shape, -1).mean(-1)
-    envs = common.ProcgenEnvs(settings, 64, env_seed)
-    blind_return = common.evaluate(envs, act_blindly, 4).mean()
-
-    # --- save first, then print
-    common.save_npz(
-        results, saved, **kept | dict(
-            labels=np.array(args.labels), returns=returns, accuracy=accuracy,
-            policy_accuracy=policy_accuracy, blind_return=blind_return,
-            random_return=random_return, expert_return=expert_return,
-        ),
-    )  # fmt: skip
-    references = {"expert": expert_return, "random policy": random_return}
-    references["blind policy"] = blind_return
-    title = f"{args.game}, decoded offline: mean and std of {args.decoder_seeds} decoders"
-    curves = {"LAPO: decoder on the latent policy": (args.labels, returns)}
-    plot(run / "decode_offline.png", title, "labelled frames", curves, references)
+    # --- save, then print
+    settings = dict(recording=recording, args=vars(args), dynamics_id=dynamics_id)
+    common.save_npz(output, settings, **results)
+    common.save_checkpoint(
+        run / "decode_offline.pt",
+        kind="decode_offline",
+        game=args.game,
+        recording=recording,
+        dynamics_id=dynamics_id,
+        labels=list(args.labels),
+        decoders=[decoder.state_dict() for decoder in decoders[:: args.decoder_seeds]],
+    )
+    references = {name: results[f"{name}_return"] for name in ("expert", "random", "blind")}
+    common.plot_returns(
+        run / "decode_offline.png",
+        title=f"{args.game}, decoded offline: mean and std of {args.decoder_seeds} decoders",
+        xlabel="labelled frames",
+        curves={"LAPO: decoder on the latent policy": (args.labels, results["returns"])},
+        references=references,
+    )
+    if args.capture_video:
+        decoder = decoders[-args.decoder_seeds]  # the first with the most labels
+        act = make_player(lambda obs: decoder(policy(obs)), device, args.seed)
+        common.capture_video(run / "decode_offline.gif", recording, act, args.seed)
     print("  labels     return          normalized  accuracy from z  accuracy from o_t")
     for i, count in enumerate(args.labels):
-        mean, std = returns[i].mean(), returns[i].std(ddof=min(1, args.decoder_seeds - 1))
-        normalized = common.normalize_return(mean, random_return, expert_return)
+        mean = results["returns"][i].mean()
+        std = results["returns"][i].std(ddof=min(1, args.decoder_seeds - 1))
+        normalized = common.normalize_return(mean, references["random"], references["expert"])
         print(
-            f"{count:8} {mean:10.2f} +- {std:5.2f} {normalized:11.2f} {accuracy[i].mean():16.3f} "
-            f"{policy_accuracy[i].mean():18.3f}"
+            f"{count:8} {mean:10.2f} +- {std:5.2f} {normalized:11.2f} "
+            f"{results['accuracy'][i].mean():16.3f} {results['policy_accuracy'][i].mean():18.3f}"
         )
-    print(", ".join(f"{name} {value:.2f}" for name, value in references.items()))
-    print(f"results: {results} and .png")
-    common.print_next(f"decode_online_ppo.py --game {args.game}", args)
+    print("mean returns:", ", ".join(f"{name} {value:.2f}" for name, value in references.items()))
+    print(f"results: {output}, .png and .pt")
+    common.print_next("decode_online_ppo.py", args)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    common.run(main, Args)

@@ -6,7 +6,7 @@ action head that learns from rewards (RL). --method rl is the ablation without t
 folder of baselines/train_ilpo.py, it is the paper's ILPO baseline.
 
 reads   runs/<game>/latent_policy.pt, and for rl_sl latent_dynamics.pt (the IDM)
-writes  runs/<game>/decode_online_<method>.npz, .pt, .png (all methods in the folder) and .csv
+writes  runs/<game>/decode_online_<method>.npz, .pt, .png, .csv and .gif
 
 paper scale   python decode_online_ppo.py --game bigfish
 on a CPU      python decode_online_ppo.py --game miner --env-steps 300_000 --log-every-steps 20_000
@@ -14,7 +14,7 @@ on a CPU      python decode_online_ppo.py --game miner --env-steps 300_000 --log
 """
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import common  # before torch
@@ -22,16 +22,20 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from decode_offline import plot
+
+PARTS = ("action", "value", "hidden")  # of OnlinePolicy: each has a learning rate of its own
 
 
 @dataclass
 class Args(common.RunArgs):
     resume: bool = False
     """Continue the run that was stopped, or start one if there is none."""
-    log_every_steps: int = 50_000
-    """Environment steps between points of the curve, checkpoints and saved states."""
+    log_every_steps: int = 100_000
+    """Environment steps between evaluations, points of the curve and saved states."""
+    eval_episodes: int = 64
+    """Episodes of an evaluation, one in each of as many games."""
+    capture_video: bool = False
+    """Write an animation (.gif) of the agent in eight games; offline, with the most labels."""
 
     method: Literal["rl_sl", "rl"] = "rl_sl"
     """rl_sl: decoder and RL head; rl: RL head alone."""
@@ -67,14 +71,14 @@ class Args(common.RunArgs):
     hidden_lr_ramp: tuple[int, int, float] = (50_000, 200_000, 0.1)
     """The same for the layer before both heads (official code)."""
 
-    refit_from: int = 10_000
+    refit_start: int = 10_000
     """Steps before the decoder's first fit; each fit starts from scratch, on all transitions so far
     (official code, as all of these)."""
-    refit_each_until: int = 50_000
+    refit_dense_until: int = 50_000
     """Steps until which it is refitted after each update."""
-    refit_every: int = 20
+    refit_interval: int = 20
     """Updates between refits after that."""
-    refit_until: int = 400_000
+    refit_stop: int = 400_000
     """Steps after which the decoder stays as it is, and the IDM is no longer needed."""
     refit_epochs: int = 3
     """Passes over the transitions."""
@@ -97,7 +101,8 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1)
 
     def forward(self, x):
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, S, S)
+        h = self.conv1(F.relu(x))  # (B, hidden, S, S)
+        return x + self.conv2(F.relu(h))  # (B, C, S, S)
 
 
 class ImpalaCNN(nn.Sequential):
@@ -105,9 +110,14 @@ class ImpalaCNN(nn.Sequential):
 
     def __init__(self, in_channels, frame_size, multiplier):
         layers = []
-        for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
-            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
-            layers += [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
+        for base_channels in (16, 32, 32):
+            channels = int(base_channels * multiplier)
+            layers += [
+                nn.Conv2d(in_channels, channels, 3, padding=1),
+                nn.MaxPool2d(3, 2, 1),
+                ResidualBlock(channels, channels),
+                ResidualBlock(channels, channels),
+            ]
             in_channels = channels
         super().__init__(*layers, nn.ReLU(), nn.Flatten())
         self.num_features = channels * (frame_size // 8) ** 2
@@ -124,7 +134,9 @@ class IDM(nn.Module):
 
     def forward(self, windows):
         """uint8 (B, k + 2, S, S, 3) -> z (B, Z)"""
-        return self.head(F.relu(self.hidden(self.cnn(common.to_input(windows)))))
+        x = common.to_input(windows)  # (B, 3 (k + 2), S, S)
+        h = F.relu(self.hidden(self.cnn(x)))  # (B, 256)
+        return self.head(h)
 
 
 class LatentPolicy(nn.Module):
@@ -144,7 +156,8 @@ class LatentPolicy(nn.Module):
 
     def latent(self, features):
         """(B, F) -> z (B, Z)"""
-        return self.mean + self.std * self.head(F.relu(self.hidden(features)))
+        h = F.relu(self.hidden(features))  # (B, 256)
+        return self.mean + self.std * self.head(h)
 
     def forward(self, obs):
         """uint8 (B, S, S, 3) -> z (B, Z)"""
@@ -156,10 +169,15 @@ class ActionDecoder(nn.Module):
 
     def __init__(self, z_dim):
         super().__init__()
-        layers, sizes = [], (z_dim, 192, 128, 64)
-        for i, o in zip(sizes, sizes[1:]):
-            layers += [nn.Linear(i, o), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(64, common.NUM_ACTIONS))
+        self.layers = nn.Sequential(
+            nn.Linear(z_dim, 192),
+            nn.ReLU(),
+            nn.Linear(192, 128),
+            nn.ReLU(),
+            nn.Linear(128, 64),
+            nn.ReLU(),
+            nn.Linear(64, common.NUM_ACTIONS),
+        )
         self.register_buffer("mean", torch.zeros(z_dim))  # z is standardized (not in official code)
         self.register_buffer("std", torch.ones(z_dim))
 
@@ -175,7 +193,8 @@ class OnlinePolicy(nn.Module):
 
     def __init__(self, hidden, with_decoder):
         super().__init__()
-        self.hidden, self.with_decoder = copy.deepcopy(hidden), with_decoder
+        self.hidden = copy.deepcopy(hidden).requires_grad_(True)
+        self.with_decoder = with_decoder
         self.action = nn.Linear(hidden.out_features, common.NUM_ACTIONS)
         self.value = nn.Linear(hidden.out_features, 1)
         nn.init.zeros_(self.action.weight)  # no influence until rewards give it one
@@ -183,10 +202,16 @@ class OnlinePolicy(nn.Module):
         nn.init.zeros_(self.action.bias)
         nn.init.zeros_(self.value.bias)
 
+    def parameter_groups(self):
+        """For Adam: each part has a learning rate of its own."""
+        return [dict(params=getattr(self, part).parameters(), lr=0.0) for part in PARTS]
+
     def forward(self, features, decoded):
         """features (B, F), the decoder's logits (B, 15) -> logits (B, 15), value (B,)"""
         h = F.relu(self.hidden(features))  # (B, 256)
-        logits = (self.action(h) + decoded) / 2 if self.with_decoder else self.action(h)
+        logits = self.action(h)
+        if self.with_decoder:
+            logits = (logits + decoded) / 2
         return logits, self.value(h)[:, 0]
 
 
@@ -197,42 +222,69 @@ def compute_gae(rewards, values, dones, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): rewards (T, B) and dones (T, B) of
     the actions at t, values (T + 1, B) of the frames -> advantages (T, B), value targets (T, B).
     """
-    advantages, advantage = torch.zeros_like(rewards), 0.0
+    advantages = torch.zeros_like(rewards)
+    advantage = 0.0
     for t in reversed(range(len(rewards))):
         alive = 1.0 - dones[t].float()
         delta = rewards[t] + gamma * values[t + 1] * alive - values[t]
-        advantages[t] = advantage = delta + gamma * gae_lambda * alive * advantage
+        advantage = delta + gamma * gae_lambda * alive * advantage
+        advantages[t] = advantage
     return advantages, advantages + values[:-1]
 
 
-def ppo_loss(logits, value, action, old_logprob, old_value, advantage, target, args):
-    """PPO's loss (Schulman et al. 2017) on a minibatch, all (B,) but logits (B, A), and metrics.
-    The value is clipped as well.
+def ppo_loss(logits, values, batch, args):
+    """PPO's loss (Schulman et al. 2017) on a minibatch, and metrics. logits (B, A), values (B,);
+    batch: actions, logprobs and values of the rollout, advantages, targets, all (B,). The value is
+    clipped as well.
     """
     distribution = torch.distributions.Categorical(logits=logits, validate_args=False)
-    log_ratio = distribution.log_prob(action) - old_logprob
+    log_ratio = distribution.log_prob(batch["actions"]) - batch["logprobs"]
     ratio = log_ratio.exp()
-    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    clipped = advantage * ratio.clamp(1 - args.clip, 1 + args.clip)
-    policy_loss = -torch.min(advantage * ratio, clipped).mean()
-    clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
-    value_loss = 0.5 * torch.max((value - target) ** 2, (clipped_value - target) ** 2).mean()
+    # the policy gains nothing from a ratio beyond the clip
+    advantages = batch["advantages"]
+    std = advantages.std() + 1e-8
+    advantages = (advantages - advantages.mean()) / std
+    clipped_ratio = ratio.clamp(1 - args.clip, 1 + args.clip)
+    policy_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
+    # of the value and the value near the old one, the worse counts
+    change = (values - batch["values"]).clamp(-args.clip, args.clip)
+    squared = (values - batch["targets"]) ** 2
+    clipped_squared = (batch["values"] + change - batch["targets"]) ** 2
+    value_loss = 0.5 * torch.max(squared, clipped_squared).mean()
     entropy = distribution.entropy().mean()
     loss = policy_loss + args.value_coef * value_loss - args.entropy_coef * entropy
-    kl = (ratio - 1 - log_ratio).mean()
-    return loss, dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, kl=kl)
+    metrics = dict(
+        policy_loss=policy_loss,
+        value_loss=value_loss,
+        entropy=entropy,
+        kl=(ratio - 1 - log_ratio).mean(),
+    )
+    return loss, metrics
 
 
-def ppo_update(policy, optimizer, inputs, steps, args, generator):
-    """Epochs of minibatches. inputs: what the policy sees, steps: action .. target of ppo_loss(),
-    all (T, B, ..). Returns the metrics of the last minibatch.
-    """
-    inputs, steps = ([x.flatten(0, 1) for x in part] for part in (inputs, steps))
+def ppo_update(policy, optimizer, rollout, args, generator):
+    """Epochs of minibatches over a rollout, see new_rollout(). Returns the metrics of the last one."""
+    T = len(rollout["actions"])
+    dones = rollout["first"][-T:]  # where the next frame opens an episode, one has ended
+    advantages, targets = compute_gae(
+        rollout["rewards"], rollout["values"], dones, args.gamma, args.gae_lambda
+    )
+    steps = dict(
+        features=rollout["features"].flatten(0, 1),
+        decoded=rollout["decoded"].flatten(0, 1),
+        actions=rollout["actions"].flatten(),
+        logprobs=rollout["logprobs"].flatten(),
+        values=rollout["values"][:T].flatten(),
+        advantages=advantages.flatten(),
+        targets=targets.flatten(),
+    )
+    num_steps = T * args.num_envs
     for _ in range(args.epochs):
-        permutation = torch.randperm(len(steps[0]), generator=generator, device=generator.device)
-        for rows in permutation.chunk(args.minibatches):
-            outputs = policy(*(x[rows] for x in inputs))
-            loss, metrics = ppo_loss(*outputs, *(x[rows] for x in steps), args)
+        order = torch.randperm(num_steps, generator=generator, device=generator.device)
+        for rows in order.tensor_split(args.minibatches):
+            batch = {name: x[rows] for name, x in steps.items()}
+            logits, values = policy(batch["features"], batch["decoded"])
+            loss, metrics = ppo_loss(logits, values, batch, args)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
@@ -242,12 +294,36 @@ def ppo_update(policy, optimizer, inputs, steps, args, generator):
 
 def sample_actions(logits, generator):
     """logits (B, A) -> actions int64 (B,), drawn from the softmax."""
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    probabilities = logits.softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def make_player(compute_logits, device, seed):
+    """act: obs uint8 [B, S, S, 3] -> actions int [B], sampled. compute_logits: obs (B, S, S, 3) on
+    the device -> logits (B, 15).
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    @torch.no_grad()
+    def act(obs):
+        logits = compute_logits(torch.from_numpy(obs).to(device))
+        return sample_actions(logits, generator).cpu().numpy()
+
+    return act
 
 
 def learning_rate(env_step, ramp, lr, end):
     """0 until ramp[0], up to ramp[2] * lr at ramp[1], down to 0 at `end`; linear between."""
-    return float(np.interp(env_step, (ramp[0], ramp[1], end), (0.0, ramp[2] * lr, 0.0)))
+    start, top, peak = ramp
+    steps = (start, top, end)
+    rates = (0.0, peak * lr, 0.0)
+    return float(np.interp(env_step, steps, rates))
+
+
+def set_learning_rates(optimizer, env_step, args):
+    for group, part in zip(optimizer.param_groups, PARTS):
+        ramp = getattr(args, f"{part}_lr_ramp")
+        group["lr"] = learning_rate(env_step, ramp, args.lr, args.env_steps)
 
 
 # --- the decoder ----------------------------------------------------------------------------------
@@ -255,26 +331,27 @@ def learning_rate(env_step, ramp, lr, end):
 
 def refit_is_due(update, args):
     """Whether the decoder is fitted after this update, counted from 1."""
-    step = update * args.num_envs * args.rollout_steps
-    every = 1 if step <= args.refit_each_until else args.refit_every
-    return args.refit_from <= step <= args.refit_until and update % every == 0
+    env_step = update * args.num_envs * args.rollout_steps
+    interval = 1 if env_step <= args.refit_dense_until else args.refit_interval
+    return args.refit_start <= env_step <= args.refit_stop and update % interval == 0
 
 
 @torch.no_grad()
-def label_transitions(idm, frames, firsts, actions, batch_size=512):
+def label_transitions(idm, frames, first, actions, batch_size=512):
     """z (M, Z) of a rollout's windows within an episode, and the actions (M,) taken at their o_t.
 
-    frames uint8 (k + T + 1, B, S, S, 3), firsts bool (k + T + 1, B): k frames before the rollout,
+    frames uint8 (k + T + 1, B, S, S, 3), first bool (k + T + 1, B): k frames before the rollout,
     the T frames at which actions (T, B) were taken, and the one after.
     """
     length = len(frames) - len(actions) + 1  # k + 2 frames in a window
-    episode = firsts.long().cumsum(0)
+    episode = first.long().cumsum(0)
     inside = episode[length - 1 :] == episode[: 1 - length]  # (T, B): first and last frame agree
-    t, b = inside.nonzero(as_tuple=True)
-    rows = t[:, None] + torch.arange(length, device=t.device)  # (M, k + 2)
-    parts = zip(rows.split(batch_size), b.split(batch_size))
-    z = [idm(frames[some_rows, some_b[:, None]]) for some_rows, some_b in parts]
-    return torch.cat(z), actions[t, b]
+    step, env = inside.nonzero(as_tuple=True)  # (M,), (M,)
+    rows = step[:, None] + torch.arange(length, device=step.device)  # (M, k + 2)
+    z = []
+    for some_rows, some_envs in zip(rows.split(batch_size), env.split(batch_size)):
+        z.append(idm(frames[some_rows, some_envs[:, None]]))
+    return torch.cat(z), actions[step, env]
 
 
 def fit_decoder(decoder, z, actions, args, generator):
@@ -294,159 +371,270 @@ def fit_decoder(decoder, z, actions, args, generator):
             optimizer.step()
 
 
+class OnlineDecoder:
+    """The decoder and the transitions that it is fitted on: all of the agent's own, as the IDM
+    labels them, until its last fit. refits: the updates after which it is fitted; none for rl.
+    """
+
+    def __init__(self, idm, z_dim, refits, args, device):
+        self.idm = idm
+        self.refits = refits
+        self.args = args
+        self.decoder = ActionDecoder(z_dim).to(device)
+        self.distinct = torch.from_numpy(common.distinct_actions(args.game)).to(device)
+        self.fitted = False
+        self.accuracy = float("nan")
+        self.z = torch.zeros(0, z_dim, dtype=torch.half, device=device)
+        self.actions = torch.zeros(0, dtype=torch.long, device=device)
+
+    def __call__(self, z):
+        """z (B, Z) -> logits (B, 15); uniform before the first fit (official code: unfitted)."""
+        if self.fitted:
+            return self.decoder(z)
+        return torch.zeros(len(z), common.NUM_ACTIONS, device=z.device)
+
+    def learn(self, update, rollout, generator):
+        """Takes in the rollout of this update, and fits the decoder if it is due."""
+        if not self.refits or update > self.refits[-1]:
+            return
+        z, actions = label_transitions(
+            self.idm, rollout["frames"], rollout["first"], rollout["actions"]
+        )
+        if self.fitted:  # on transitions that it was not fitted on, actions of equal effect merged
+            guesses = self.decoder(z).argmax(1)
+            right = self.distinct[guesses] == self.distinct[actions]
+            self.accuracy = right.float().mean().item()
+        self.z = torch.cat([self.z, z.half()])
+        self.actions = torch.cat([self.actions, actions])
+        if update in self.refits:
+            fit_decoder(self.decoder, self.z, self.actions, self.args, generator)
+            self.fitted = True
+        if update == self.refits[-1]:  # releases their memory
+            self.z = self.z[:0].clone()
+            self.actions = self.actions[:0].clone()
+
+    def state_dict(self):
+        return dict(
+            decoder=self.decoder.state_dict(),
+            fitted=self.fitted,
+            accuracy=self.accuracy,
+            z=self.z,
+            actions=self.actions,
+        )
+
+    def load_state_dict(self, saved):
+        self.decoder.load_state_dict(saved["decoder"])
+        self.fitted = saved["fitted"]
+        self.accuracy = saved["accuracy"]
+        self.z = saved["z"].to(self.z.device)
+        self.actions = saved["actions"].to(self.z.device)
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
-def load_networks(run, game, device, with_idm):
-    """The content of latent_policy.pt, and frozen: its policy and stage 1's IDM, or None."""
-    saved = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", game)
-    latent_policy = LatentPolicy(saved["frame_size"], saved["multiplier"], saved["z_dim"])
-    latent_policy.load_state_dict(saved["policy"])
-    latent_policy.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    if not with_idm:
-        return saved, latent_policy, None
+def load_networks(run, args, device):
+    """The content of latent_policy.pt, and frozen: its policy and, for rl_sl, stage 1's IDM."""
+    checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", args.game)
+    latent_policy = LatentPolicy(**checkpoint["config"])
+    latent_policy.load_state_dict(checkpoint["policy"])
+    latent_policy.requires_grad_(False)
+    latent_policy.to(device, memory_format=torch.channels_last)
+    if args.method == "rl":
+        return checkpoint, latent_policy, None
     path = run / "latent_dynamics.pt"
-    dynamics = common.load_checkpoint(path, "latent_dynamics", game)
-    if dynamics["fingerprint"] != saved["dynamics"]:
+    dynamics = common.load_checkpoint(path, "latent_dynamics", args.game)
+    if dynamics["dynamics_id"] != checkpoint["dynamics_id"]:
         common.fail(f"{path} is of another run of stage 1 than latent_policy.pt; run stage 2")
-    idm = IDM(saved["frame_size"], saved["context"], dynamics["multiplier"], saved["z_dim"])
+    idm = IDM(**dynamics["config"]["idm"])
     idm.load_state_dict(dynamics["idm"])
-    return saved, latent_policy, idm.to(device, memory_format=torch.channels_last)
+    return checkpoint, latent_policy, idm.to(device, memory_format=torch.channels_last)
 
 
-def plot_all_methods(run, game, path, settings):
-    """Plots the curves of all methods in the folder, beside the returns of expert and random."""
-    references = {x: settings[f"{x}_return"] for x in ("expert", "random")}
-    curves = {}
-    for file in sorted(run.glob("decode_online_*.npz")):
-        curve = common.load_npz(file, ("env_steps", "returns"))
-        curves[file.stem[14:]] = curve["env_steps"], curve["returns"][:, None]
-    title = f"{game}: latent policy decoded online, 1 seed"
-    plot(path, title, "environment steps", curves, references)
+def new_rollout(args, checkpoint, num_features, device):
+    """Storage of a rollout: T steps of B games. frames and first begin with the k frames before the
+    rollout and end with the frame after it; values end with the value of that frame.
+    """
+    T, B, S = args.rollout_steps, args.num_envs, checkpoint["config"]["frame_size"]
+    num_frames = checkpoint["context"] + T + 1
+    return dict(
+        frames=torch.zeros((num_frames, B, S, S, 3), dtype=torch.uint8, device=device),
+        first=torch.ones((num_frames, B), dtype=torch.bool, device=device),
+        features=torch.zeros((T, B, num_features), device=device),
+        decoded=torch.zeros((T, B, common.NUM_ACTIONS), device=device),
+        actions=torch.zeros((T, B), dtype=torch.long, device=device),
+        logprobs=torch.zeros((T, B), device=device),
+        rewards=torch.zeros((T, B), device=device),
+        values=torch.zeros((T + 1, B), device=device),
+    )
+
+
+@torch.no_grad()
+def play_rollout(rollout, envs, encode, policy, normalize_rewards, generator):
+    """Plays T steps and writes them into the storage. encode: frames uint8 (B, S, S, 3) -> features
+    (B, F) and the decoder's logits (B, 15), which all epochs of PPO use.
+    """
+    T = len(rollout["actions"])
+    now = len(rollout["frames"]) - T - 1  # k, the row of the first frame to act on
+    # the last k + 1 frames of the rollout before are the first ones of this rollout
+    for name in ("frames", "first"):
+        rollout[name][: now + 1] = rollout[name][T:].clone()
+    for t in range(T):
+        # sample an action given o_t, from the mean of both heads' logits
+        features, decoded = encode(rollout["frames"][now + t])
+        logits, rollout["values"][t] = policy(features, decoded)
+        action = sample_actions(logits, generator)
+        rollout["features"][t] = features
+        rollout["decoded"][t] = decoded
+        rollout["actions"][t] = action
+        logprobs = logits.log_softmax(-1)  # (B, 15)
+        rollout["logprobs"][t] = logprobs.gather(1, action[:, None])[:, 0]
+        # o_{t+1}; where an episode has ended, the first frame of the next one
+        obs, reward, done = envs.step(action.cpu().numpy())
+        rollout["frames"][now + t + 1] = torch.from_numpy(obs)
+        rollout["first"][now + t + 1] = torch.from_numpy(done)
+        rollout["rewards"][t] = torch.from_numpy(normalize_rewards(reward, done))
+    features, decoded = encode(rollout["frames"][-1])
+    _, rollout["values"][T] = policy(features, decoded)
+
+
+def check_schedules(args):
+    """The updates after which the decoder is fitted; impossible flags end the run."""
+    for part in PARTS:
+        ramp = getattr(args, f"{part}_lr_ramp")
+        if not ramp[0] < ramp[1] < args.env_steps:
+            common.fail(f"--{part}-lr-ramp {ramp} must rise, and peak before --env-steps")
+    rollout_size = args.num_envs * args.rollout_steps
+    if rollout_size // args.minibatches < 2:
+        common.fail(f"--minibatches {args.minibatches} leaves less than 2 steps in each")
+    if args.method == "rl":
+        return []
+    updates = range(1, args.env_steps // rollout_size + 1)
+    refits = [update for update in updates if refit_is_due(update, args)]
+    if not refits:
+        common.fail(f"no update ends between --refit-start {args.refit_start} and --refit-stop")
+    return refits
+
+
+def save_results(output, args, checkpoint, curve, policy, latent_policy, decoder):
+    """The curve (.npz, .png) and the agent (.pt)."""
+    recording = checkpoint["recording"]
+    # resume=False: an interrupted run writes the same bytes
+    settings = dict(recording=recording, args=vars(args) | dict(resume=False))
+    common.save_npz(f"{output}.npz", settings, **curve)
+    common.save_checkpoint(
+        f"{output}.pt",
+        kind="decode_online",
+        game=args.game,
+        recording=recording,
+        config=checkpoint["config"],
+        policy=policy.state_dict(),
+        latent_policy=latent_policy.state_dict(),
+        decoder=decoder.decoder.state_dict(),
+    )
+    returns = np.mean(curve["eval_returns"], 1)
+    common.plot_returns(
+        f"{output}.png",
+        title=f"{args.game}: latent policy decoded online, 1 seed",
+        xlabel="environment steps",
+        curves={
+            f"{args.method}, {args.eval_episodes} episodes": (curve["env_steps"], returns[:, None])
+        },
+        references={name: recording[f"{name}_return"] for name in ("expert", "random")},
+    )
 
 
 def main(args):
-    device = common.pick_device(args.device)
+    device = common.pick_device(args)
     torch.manual_seed(args.seed)
-    run, t, b = args.runs_dir / args.game, args.rollout_steps, args.num_envs
-    updates, with_decoder = max(1, args.env_steps // (t * b)), args.method == "rl_sl"
-    ramps = {part: getattr(args, f"{part}_lr_ramp") for part in ("action", "value", "hidden")}
-    for part, ramp in ramps.items():
-        if not ramp[0] < ramp[1] < args.env_steps:
-            common.fail(f"--{part}-lr-ramp {ramp} must rise, and peak before --env-steps")
-    refits = [update for update in range(1, updates + 1) if refit_is_due(update, args)]
-    if with_decoder and not refits:
-        common.fail(f"no update ends between --refit-from {args.refit_from} and --refit-until")
+    refits = check_schedules(args)
+    output = args.runs_dir / args.game / f"decode_online_{args.method}"
 
-    # --- networks
-    checkpoint, latent_policy, idm = load_networks(run, args.game, device, with_decoder)
-    settings, k, z_dim = (checkpoint[name] for name in ("settings", "context", "z_dim"))
-    policy = OnlinePolicy(latent_policy.hidden, with_decoder).requires_grad_(True).to(device)
-    decoder = ActionDecoder(z_dim).to(device)
-    parameters = [dict(params=getattr(policy, part).parameters(), lr=0.0) for part in ramps]
-    optimizer = torch.optim.Adam(parameters, fused=True)
+    # --- networks: the latent policy and the IDM stay as they are
+    checkpoint, latent_policy, idm = load_networks(output.parent, args, device)
+    recording = checkpoint["recording"]
+    context = checkpoint["context"]
+    z_dim = checkpoint["config"]["z_dim"]
+    policy = OnlinePolicy(latent_policy.hidden, with_decoder=bool(refits)).to(device)
+    decoder = OnlineDecoder(idm, z_dim, refits, args, device)
+    optimizer = torch.optim.Adam(policy.parameter_groups(), fused=True)
+    common.lock(output)
 
-    # --- games, the frames so far, and all transitions until the decoder's last fit
+    # --- games and storage
     seed = common.derive_seed(args.seed, "decode online")
-    envs = common.ProcgenEnvs(settings, b, seed)
+    envs = common.ProcgenEnvs(recording, args.num_envs, seed)
     generator = torch.Generator(device).manual_seed(seed)
-    normalize_rewards = common.RewardNormalizer(b, args.gamma)
-    distinct = torch.from_numpy(common.distinct_actions(args.game)).to(device)
-    obs = torch.from_numpy(envs.obs).to(device)
-    frames = torch.stack([torch.zeros_like(obs)] * k + [obs])  # (k + 1, B, S, S, 3)
-    firsts = torch.ones(k + 1, b, dtype=torch.bool, device=device)
-    z_seen = torch.zeros(0, z_dim, dtype=torch.half, device=device)
-    actions_seen = torch.zeros(0, dtype=torch.long, device=device)
-    # until the first fit: the agent starts uniformly random (official code: an unfitted decoder)
-    not_decoded = torch.zeros(b, common.NUM_ACTIONS, device=device)
+    normalize_rewards = common.RewardNormalizer(args.num_envs, args.gamma)
+    rollout = new_rollout(args, checkpoint, latent_policy.cnn.num_features, device)
+    rollout["frames"][-1] = torch.from_numpy(envs.obs)
 
-    @torch.no_grad()
-    def look(obs, fitted):
-        """Encodes frames, once for all epochs: features (B, F), and what the heads make of them."""
+    def encode(obs):
         features = latent_policy.features(obs)
-        decoded = decoder(latent_policy.latent(features)) if fitted else not_decoded
-        return features, decoded, *policy(features, decoded)
+        return features, decoder(latent_policy.latent(features))
+
+    def compute_logits(obs):
+        features, decoded = encode(obs)
+        logits, _ = policy(features, decoded)
+        return logits
 
     # --- training
-    output = run / f"decode_online_{args.method}"
-    fits = f"; {len(refits)} fits of the decoder" if with_decoder else ""
-    print(f"stage 3, online: {args.method} on {args.game}, {updates:,} updates on {device}{fits}")
     parts = dict(policy=policy, optimizer=optimizer, decoder=decoder, envs=envs)
     parts |= dict(generator=generator, normalize_rewards=normalize_rewards)
-    curve, decoder_accuracy = dict(env_steps=[], returns=[], episodes=[]), float("nan")
-    stamp = common.fingerprint(latent_policy)
-    start, saved = common.load_state(f"{output}_state.pt", args, parts, stamp)
+    curve = dict(env_steps=[], returns=[], episodes=[], eval_returns=[])
+    made_from = common.fingerprint(latent_policy)
+    start, saved = common.load_state(f"{output}_state.pt", args, parts, made_from)
     if saved:
-        curve, decoder_accuracy = saved["curve"], saved["decoder_accuracy"]
-        names = ("frames", "firsts", "z_seen", "actions_seen")
-        frames, firsts, z_seen, actions_seen = (saved[name].to(device) for name in names)
-    log = common.MetricsLog(f"{output}.csv", updates * t * b, "step", start)
-    for update in range(start // (t * b) + 1, updates + 1):
-        fitted = with_decoder and update > refits[0]
-        # k frames from before the rollout, T frames, and the one that the next rollout starts from
-        frames, firsts, steps = [*frames[-k - 1 :]], [*firsts[-k - 1 :]], []
-        for _ in range(t):
-            features, decoded, logits, value = look(frames[-1], fitted)
-            action = sample_actions(logits, generator)
-            logprob = logits.log_softmax(-1).gather(1, action[:, None])[:, 0]
-            obs, reward, done = envs.step(action.cpu().numpy())
-            reward = torch.from_numpy(normalize_rewards(reward, done)).to(device)
-            steps.append((features, decoded, action, logprob, value, reward))
-            frames.append(torch.from_numpy(obs).to(device))
-            firsts.append(torch.from_numpy(done).to(device))
-        features, decoded, actions, logprobs, values, rewards = map(torch.stack, zip(*steps))
-        frames, firsts = torch.stack(frames), torch.stack(firsts)  # (k + T + 1, B, ..)
-        all_values = torch.cat([values, look(frames[-1], fitted)[3][None]])  # (T + 1, B)
-        dones = firsts[k + 1 :]  # the frame after the last of an episode opens the next
-        advantages, targets = compute_gae(rewards, all_values, dones, args.gamma, args.gae_lambda)
+        curve = saved["curve"]
+        rollout["frames"][-context - 1 :] = saved["frames"].to(device)
+        rollout["first"][-context - 1 :] = saved["first"].to(device)
+    rollout_size = args.num_envs * args.rollout_steps
+    num_updates = max(1, args.env_steps // rollout_size)
+    print(f"stage 3, online: {args.method} on {args.game}, {num_updates:,} updates on {device}")
+    log = common.MetricsLog(f"{output}.csv", num_updates * rollout_size, "step", start)
+    for update in range(start // rollout_size + 1, num_updates + 1):
+        # play T steps of each game
+        play_rollout(rollout, envs, encode, policy, normalize_rewards, generator)
+        # RL, at the learning rates of the step before the rollout (official code)
+        set_learning_rates(optimizer, (update - 1) * rollout_size, args)
+        metrics = ppo_update(policy, optimizer, rollout, args, generator)
+        # SL: all transitions so far are what the decoder is fitted on
+        decoder.learn(update, rollout, generator)
+        log.bar.update(rollout_size)
 
-        # the learning rate is that of the step before the rollout (official code)
-        for group, ramp in zip(optimizer.param_groups, ramps.values()):
-            group["lr"] = learning_rate((update - 1) * t * b, ramp, args.lr, args.env_steps)
-        rollout = actions, logprobs, values, advantages, targets
-        metrics = ppo_update(policy, optimizer, [features, decoded], rollout, args, generator)
-
-        if with_decoder and update <= refits[-1]:
-            z, taken = label_transitions(idm, frames, firsts, actions)
-            if fitted:  # on transitions that it was not fitted on, actions of equal effect merged
-                right = distinct[decoder(z).argmax(1)] == distinct[taken]
-                decoder_accuracy = right.float().mean().item()
-            z_seen, actions_seen = torch.cat([z_seen, z.half()]), torch.cat([actions_seen, taken])
-            if update in refits:
-                fit_decoder(decoder, z_seen, actions_seen, args, generator)
-            if update == refits[-1]:  # releases their memory
-                z_seen, actions_seen = z_seen[:0].clone(), actions_seen[:0].clone()
-        log.bar.update(t * b)
-
-        env_step, every = update * t * b, args.log_every_steps
-        if env_step // every > (env_step - t * b) // every or update == updates:
+        # evaluate on whole episodes, log, save
+        env_step = update * rollout_size
+        if env_step % args.log_every_steps < rollout_size or update == num_updates:
             common.check_finite(env_step, f"{output}.pt", policy)
-            returns = [episode_return for _, episode_return in envs.finished]
-            envs.finished.clear()
-            mean_return = float(np.mean(returns)) if returns else float("nan")
-            point = dict(env_steps=env_step, returns=mean_return, episodes=len(returns))
-            curve = {name: [*curve[name], value] for name, value in point.items()}
-            log.write(**point, **metrics, decoder_accuracy=decoder_accuracy)
-            # resume=False: with and without an interruption, the same bytes
-            common.save_npz(f"{output}.npz", settings | asdict(args) | dict(resume=False), **curve)
-            plot_all_methods(run, args.game, f"{output}.png", settings)
+            act = make_player(compute_logits, device, seed)
+            eval_returns = common.evaluation_returns(recording, act, args)
+            metrics["eval_return"] = eval_returns.mean()
+            metrics["decoder_accuracy"] = decoder.accuracy
+            mean_return, episodes = common.pop_ended(envs)
+            log.write(env_step=env_step, mean_return=mean_return, episodes=episodes, **metrics)
+            curve["env_steps"].append(env_step)
+            curve["returns"].append(mean_return)
+            curve["episodes"].append(episodes)
+            curve["eval_returns"].append(eval_returns.tolist())
+            save_results(output, args, checkpoint, curve, policy, latent_policy, decoder)
             common.save_state(
-                f"{output}_state.pt", args, env_step, parts, made_from=stamp, curve=curve,
-                decoder_accuracy=decoder_accuracy, frames=frames[-k - 1 :].clone(),
-                firsts=firsts[-k - 1 :].clone(), z_seen=z_seen, actions_seen=actions_seen,
-            )  # fmt: skip
-            common.save_checkpoint(
-                f"{output}.pt", kind="decode_online", game=args.game, env_step=env_step,
-                settings=settings, frame_size=checkpoint["frame_size"],
-                multiplier=checkpoint["multiplier"], z_dim=z_dim, policy=policy.state_dict(),
-                latent_policy=latent_policy.state_dict(),
-                decoder=decoder.state_dict() if with_decoder else None,
-            )  # fmt: skip
+                f"{output}_state.pt",
+                args,
+                env_step,
+                parts,
+                made_from=made_from,
+                curve=curve,
+                frames=rollout["frames"][-context - 1 :].clone(),
+                first=rollout["first"][-context - 1 :].clone(),
+            )
     log.bar.close()
-    print(f"{args.method}: mean return {curve['returns'][-1]:.2f}; {output}.npz, .pt, .png, .csv")
-    if (run / "latent_dynamics.pt").exists():  # not in ILPO's folder
-        common.print_next(f"visualize_latents.py --game {args.game}", args)
+    if args.capture_video:
+        act = make_player(compute_logits, device, seed)
+        common.capture_video(f"{output}.gif", recording, act, args.seed)
+    mean_return = np.mean(curve["eval_returns"][-1])
+    print(f"{args.method}: mean return {mean_return:.2f}; {output}.npz, .pt, .png and .csv")
+    if (output.parent / "latent_dynamics.pt").exists():  # not in ILPO's folder
+        common.print_next("visualize_latents.py", args)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    common.run(main, Args)

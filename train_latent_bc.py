@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
+
+TEST_FRAMES = 4096  # held-out frames in an evaluation
 
 
 @dataclass
@@ -29,9 +30,9 @@ class Args(common.RunArgs):
     compile: bool = False
     """Compile the loss with torch.compile."""
     bf16: bool = False
-    """Compute layers in bfloat16; weights stay float32."""
+    """Compute layers in bfloat16; weights stay float32. Slow on a CPU without units for it."""
     pool_frames: int = 1_000_000
-    """Frames in memory at once (12 KB each at 64x64); more than that on disk are streamed."""
+    """Frames in memory (12 KB each at 64x64); if there are more on disk, they are streamed."""
     eval_every: int = 2000
     """Gradient steps between evaluations, checkpoints and saved states."""
 
@@ -62,7 +63,8 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1)
 
     def forward(self, x):
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, S, S)
+        h = self.conv1(F.relu(x))  # (B, hidden, S, S)
+        return x + self.conv2(F.relu(h))  # (B, C, S, S)
 
 
 class ImpalaCNN(nn.Sequential):
@@ -70,9 +72,14 @@ class ImpalaCNN(nn.Sequential):
 
     def __init__(self, in_channels, frame_size, multiplier):
         layers = []
-        for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
-            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
-            layers += [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
+        for base_channels in (16, 32, 32):
+            channels = int(base_channels * multiplier)
+            layers += [
+                nn.Conv2d(in_channels, channels, 3, padding=1),
+                nn.MaxPool2d(3, 2, 1),
+                ResidualBlock(channels, channels),
+                ResidualBlock(channels, channels),
+            ]
             in_channels = channels
         super().__init__(*layers, nn.ReLU(), nn.Flatten())
         self.num_features = channels * (frame_size // 8) ** 2
@@ -95,7 +102,8 @@ class LatentPolicy(nn.Module):
 
     def latent(self, features):
         """(B, F) -> z (B, Z)"""
-        return self.mean + self.std * self.head(F.relu(self.hidden(features)))
+        h = F.relu(self.hidden(features))  # (B, 256)
+        return self.mean + self.std * self.head(h)
 
     def forward(self, obs):
         """uint8 (B, S, S, 3) -> z (B, Z)"""
@@ -118,28 +126,37 @@ def evaluate(policy, obs, z, batch_size=512):
     of z. variance_explained: 0 for the mean latent, 1 for the IDM's own; a policy stays below 1, as
     o_t does not determine what a stochastic expert does next.
     """
-    mse = (torch.cat([policy(part) for part in obs.split(batch_size)]) - z).pow(2).mean()
+    predicted = torch.cat([policy(part) for part in obs.split(batch_size)])  # (N, Z)
+    mse = F.mse_loss(predicted, z)
     return dict(test_mse=mse, variance_explained=1 - mse / z.var(0, correction=0).mean())
 
 
 def main(args):
-    device = common.pick_device(args.device)
+    device = common.pick_device(args)
     torch.manual_seed(args.seed)
     run = args.runs_dir / args.game
+    output = run / "latent_policy.pt"
+    state = run / "train_latent_bc_state.pt"
 
     # --- data: frames and the latents that stage 1 wrote for them
     dynamics = common.load_checkpoint(run / "latent_dynamics.pt", "latent_dynamics", args.game)
-    context, stamp = dynamics["context"], dynamics["fingerprint"]
-    store = common.FrameStore(args, "train", context, device, stamp, args.pool_frames)
-    test = common.FrameStore(args, "test", context, device, stamp)
-    if store.frame_size != (was := dynamics["frame_size"]):
-        common.fail(f"stage 1 saw frames of {was} pixels, {store.folder} has {store.frame_size}")
-    rows = test.draw(4096)
-    test_obs, test_z = test.frames_at(rows), test.z_at(rows)
+    dynamics_id = dynamics["dynamics_id"]
+    idm_config = dynamics["config"]["idm"]
+    context = idm_config["context"]
+    store = common.FrameStore(args, "train", context, device, dynamics_id, args.pool_frames)
+    test = common.FrameStore(args, "test", context, device, dynamics_id)
+    if store.frame_size != idm_config["frame_size"]:
+        sizes = f"{idm_config['frame_size']} pixels, {store.folder} has {store.frame_size}"
+        common.fail(f"stage 1 saw frames of {sizes}")
+    test_rows = test.draw(TEST_FRAMES)
+    test_obs = test.frames_at(test_rows)
+    test_z = test.z_at(test_rows)
+    common.lock(output)
 
     # --- network
-    size, z_dim = store.frame_size, dynamics["z_dim"]
-    policy = LatentPolicy(size, args.multiplier, z_dim)
+    z_dim = idm_config["z_dim"]
+    config = dict(frame_size=store.frame_size, multiplier=args.multiplier, z_dim=z_dim)
+    policy = LatentPolicy(**config)
     if args.standardize:
         z = store.z_at(store.rows[:: max(1, len(store.rows) // 65_536)])  # spread over all shards
         policy.mean.copy_(z.mean(0))
@@ -147,24 +164,31 @@ def main(args):
     policy.to(device, memory_format=torch.channels_last)
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
-    ramp = ([0, args.warmup_steps, max(args.grad_steps, args.warmup_steps + 1)], [0.01, 1.0, 0.0])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: float(np.interp(i, *ramp)))
-    loss_function = torch.compile(imitation_loss) if args.compile else imitation_loss
+    # the learning rate rises from 1% to its peak, then falls to 0, linearly (official code)
+    end = max(args.grad_steps, args.warmup_steps + 1)
+    steps = [0, args.warmup_steps, end]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: float(np.interp(step, steps, [0.01, 1.0, 0.0]))
+    )
+    compute_loss = torch.compile(imitation_loss) if args.compile else imitation_loss
     print(
-        f"stage 2: {args.grad_steps:,} updates of {args.batch_size} frames of {args.game}, {size}x"
-        f"{size}; {store.num_frames:,} frames, {len(store.obs):,} in memory; on {device}, "
+        f"stage 2: {args.grad_steps:,} updates of {args.batch_size} frames of {args.game}; "
+        f"{store.num_frames:,} frames, {len(store.obs):,} in memory; on {device}, "
         f"{sum(p.numel() for p in parameters):,} parameters"
     )
 
     # --- training
-    output, state = run / "latent_policy.pt", run / "train_latent_bc_state.pt"
     parts = dict(policy=policy, optimizer=optimizer, schedule=schedule, sampler=store.generator)
-    start, _ = common.load_state(state, args, parts, stamp)
+    start, _ = common.load_state(state, args, parts, made_from=dynamics_id)
     log = common.MetricsLog(run / "train_latent_bc.csv", args.grad_steps, "step", start)
     for grad_step in range(start + 1, args.grad_steps + 1):
+        # a minibatch of frames o_t and the latents z_t that the IDM gave them
         rows = store.draw(args.batch_size)
+        obs = store.frames_at(rows)
+        z = store.z_at(rows)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            loss = loss_function(policy, store.frames_at(rows), store.z_at(rows))
+            loss = compute_loss(policy, obs, z)
+        # one step of AdamW
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -174,17 +198,26 @@ def main(args):
             common.check_finite(grad_step, output, policy)
             log.write(grad_step=grad_step, train_loss=loss, **evaluate(policy, test_obs, test_z))
             common.save_checkpoint(
-                output, kind="latent_policy", game=args.game, grad_step=grad_step,
-                settings=store.settings, frame_size=size, context=context, z_dim=z_dim,
-                multiplier=args.multiplier, dynamics=stamp, policy=policy.state_dict(),
-            )  # fmt: skip
-            common.save_state(state, args, grad_step, parts, made_from=stamp)
+                output,
+                kind="latent_policy",
+                game=args.game,
+                grad_step=grad_step,
+                recording=store.recording,
+                context=context,
+                config=config,
+                dynamics_id=dynamics_id,
+                policy=policy.state_dict(),
+            )
+            common.save_state(state, args, grad_step, parts, made_from=dynamics_id)
     log.bar.close()
-    common.load_checkpoint(output, "latent_policy", args.game)  # fails if it has been lost since
+    if not output.exists():
+        common.fail(f"{output} is missing though the run is complete; leave out --resume")
     print(f"latent policy: {output}")
-    script = "decode_offline" if args.game in common.GAMES else "visualize_latents"
-    common.print_next(f"{script}.py --game {args.game}", args)
+    if args.game in common.GAMES:
+        common.print_next("decode_offline.py", args)
+    else:
+        common.print_next("visualize_latents.py", args)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    common.run(main, Args)

@@ -15,6 +15,7 @@ on a CPU      python train_latent_dynamics.py --game miner --multiplier 0.5 --fd
 no VQ (A.2)   python train_latent_dynamics.py --game bigfish --no-vq --runs-dir runs/no_vq
 """
 
+import functools
 from dataclasses import dataclass
 
 import common  # before torch
@@ -22,11 +23,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+
+TEST_WINDOWS = 4096  # held-out windows in an evaluation
+PROBE_FIT = 3 / 4  # the fraction of them on which the probe is fitted; it is tested on the rest
 
 
 @dataclass
@@ -36,9 +39,9 @@ class Args(common.RunArgs):
     compile: bool = False
     """Compile the loss with torch.compile."""
     bf16: bool = False
-    """Compute layers in bfloat16; weights stay float32."""
+    """Compute layers in bfloat16; weights stay float32. Slow on a CPU without units for it."""
     pool_frames: int = 1_000_000
-    """Frames in memory at once (12 KB each at 64x64); more than that on disk are streamed."""
+    """Frames in memory (12 KB each at 64x64); if there are more on disk, they are streamed."""
     eval_every: int = 2000
     """Gradient steps between evaluations, checkpoints and saved states."""
 
@@ -76,7 +79,7 @@ class Args(common.RunArgs):
     """Updates from 10% of the learning rate to its peak; then linear to 1% (official code)."""
     z_std: float = 0.0
     """Scale the IDM's last layer so that z starts with mean 0 and this std; 0, as in the paper,
-    leaves z close to a constant, and some runs never get away from one code (results/LOG.md)."""
+    leaves z close to a constant, and some runs never get away from one code (docs/lessons.md)."""
     max_grad_norm: float = 2.0
     """Clips the gradient's norm (official code)."""
 
@@ -91,7 +94,8 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1)
 
     def forward(self, x):
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, S, S)
+        h = self.conv1(F.relu(x))  # (B, hidden, S, S)
+        return x + self.conv2(F.relu(h))  # (B, C, S, S)
 
 
 class ImpalaCNN(nn.Sequential):
@@ -99,9 +103,14 @@ class ImpalaCNN(nn.Sequential):
 
     def __init__(self, in_channels, frame_size, multiplier):
         layers = []
-        for channels in (int(16 * multiplier), int(32 * multiplier), int(32 * multiplier)):
-            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
-            layers += [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
+        for base_channels in (16, 32, 32):
+            channels = int(base_channels * multiplier)
+            layers += [
+                nn.Conv2d(in_channels, channels, 3, padding=1),
+                nn.MaxPool2d(3, 2, 1),
+                ResidualBlock(channels, channels),
+                ResidualBlock(channels, channels),
+            ]
             in_channels = channels
         super().__init__(*layers, nn.ReLU(), nn.Flatten())
         self.num_features = channels * (frame_size // 8) ** 2
@@ -118,29 +127,34 @@ class IDM(nn.Module):
 
     def forward(self, windows):
         """uint8 (B, k + 2, S, S, 3) -> z (B, Z)"""
-        return self.head(F.relu(self.hidden(self.cnn(common.to_input(windows)))))
+        x = common.to_input(windows)  # (B, 3 (k + 2), S, S)
+        h = F.relu(self.hidden(self.cnn(x)))  # (B, 256)
+        return self.head(h)
 
 
 class EMAVectorQuantizer(nn.Module):
-    """Replaces each piece of z by its nearest embedding; embeddings are moving averages of their
-    pieces (van den Oord et al. 2017, A.1). z is viewed as C codebooks x E numbers x P positions;
-    the P positions share a codebook (official code).
+    """Replaces each sub-vector of z by its nearest embedding. Embeddings are moving averages of the
+    sub-vectors assigned to them (van den Oord et al. 2017, A.1). z is viewed as C codebooks x E
+    numbers x P positions; the P positions share a codebook (official code).
     """
 
     def __init__(self, codebooks, positions, embeddings, embedding_dim, decay):
         super().__init__()
-        self.shape, self.decay = (codebooks, embedding_dim, positions), decay
+        self.codebooks = codebooks
+        self.positions = positions
+        self.embedding_dim = embedding_dim
+        self.decay = decay
         start = torch.empty(codebooks, embeddings, embedding_dim).uniform_(-1, 1) * 5 / embeddings
-        self.register_buffer("embedding", start)  # (C, K, E)
+        self.register_buffer("embedding", start)  # (C, K, E) = ema_sum / ema_count
         # Counts start at 1 to match the sums. With counts of 0 (official code) the first update
         # divides unused sums by about 1e-5, and the codes explode.
-        self.register_buffer("count", torch.ones(codebooks, embeddings))  # (C, K)
-        self.register_buffer("total", start.clone())  # (C, K, E); embedding = total / count
+        self.register_buffer("ema_count", torch.ones(codebooks, embeddings))  # (C, K)
+        self.register_buffer("ema_sum", start.clone())  # (C, K, E)
 
     def forward(self, z):
         """z (B, C * E * P) -> z_q of the same shape, commitment loss (), codes int64 (B, C * P)"""
-        c, e, p = self.shape
-        x = z.float().view(-1, c, e, p).permute(1, 0, 3, 2).reshape(c, -1, e)  # (C, B * P, E)
+        x = z.float().view(-1, self.codebooks, self.embedding_dim, self.positions)
+        x = x.permute(1, 0, 3, 2).flatten(1, 2)  # (C, B * P, E): the sub-vectors
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             # exact differences: a matrix product in TF32 would not resolve codes close together
             exact = "donot_use_mm_for_euclid_dist"
@@ -151,23 +165,27 @@ class EMAVectorQuantizer(nn.Module):
                 self.update(x, codes)
         commitment_loss = F.mse_loss(x, nearest)
         z_q = x + (nearest - x).detach()  # straight-through: the gradient of z_q goes to z
-        z_q = z_q.view(c, -1, p, e).permute(1, 0, 3, 2).reshape(z.shape)
-        return z_q, commitment_loss, codes.view(c, -1, p).transpose(0, 1).flatten(1)
+        z_q = z_q.unflatten(1, (-1, self.positions))  # (C, B, P, E)
+        z_q = z_q.permute(1, 0, 3, 2).reshape(z.shape)
+        codes = codes.unflatten(1, (-1, self.positions))  # (C, B, P)
+        return z_q, commitment_loss, codes.transpose(0, 1).flatten(1)
 
     def update(self, x, codes):
-        """Moves the averages towards the pieces x (C, B * P, E) of codes (C, B * P)."""
-        k = self.embedding.shape[1]
-        one_hot = F.one_hot(codes, k).to(x.dtype)  # (C, B * P, K)
-        self.count.lerp_(one_hot.sum(1), 1 - self.decay)
-        self.total.lerp_(one_hot.transpose(1, 2) @ x, 1 - self.decay)
-        # Revive dead codes (not in the official code): one used less than a tenth of its fair share
-        # restarts at a random piece of this batch, as if it had had that share.
-        fair = x.shape[1] / k
-        pieces = x[:, torch.randint(x.shape[1], (k,), device=x.device)]  # (C, K, E)
-        dead = self.count < 0.1 * fair
-        self.count[dead] = fair
-        self.total[dead] = fair * pieces[dead]
-        self.embedding.copy_(self.total / self.count[..., None])
+        """Moves the averages towards sub-vectors x (C, B * P, E) with codes (C, B * P)."""
+        num_embeddings = self.embedding.shape[1]
+        one_hot = F.one_hot(codes, num_embeddings).to(x.dtype)  # (C, B * P, K)
+        self.ema_count.lerp_(one_hot.sum(1), 1 - self.decay)
+        self.ema_sum.lerp_(one_hot.transpose(1, 2) @ x, 1 - self.decay)
+        # Revive dead codes (not in the official code). A code that is used less than a tenth as
+        # often as the average one restarts at a random sub-vector, with the average count.
+        average_count = x.shape[1] / num_embeddings
+        candidates = x[
+            :, torch.randint(x.shape[1], (num_embeddings,), device=x.device)
+        ]  # (C, K, E)
+        dead = self.ema_count < 0.1 * average_count
+        self.ema_count[dead] = average_count
+        self.ema_sum[dead] = average_count * candidates[dead]
+        self.embedding.copy_(self.ema_sum / self.ema_count[..., None])
 
 
 class NoQuantizer(nn.Module):
@@ -175,18 +193,47 @@ class NoQuantizer(nn.Module):
 
     def forward(self, z):
         """z (B, Z) -> z, commitment loss (), codes int64 (B, 0)"""
-        return z, z.new_zeros(()), torch.zeros(len(z), 0, dtype=torch.long, device=z.device)
+        no_codes = torch.zeros(len(z), 0, dtype=torch.long, device=z.device)
+        return z, z.new_zeros(()), no_codes
 
 
 def conv_with_planes(conv, x, z):
     """conv(x and z as constant planes): x (B, C, S, S), z (B, Z) -> (B, out, S, S). A padded 3x3
     convolution of constant planes has 9 distinct values: corners, edges, inside. So a 3x3 tile is
-    convolved and stretched, in a fraction of the time (results/LOG.md).
+    convolved and stretched, which halves the time of stage 1 at 32x32.
     """
     weight_x, weight_z = conv.weight.split([x.shape[1], z.shape[1]], 1)
-    tile = F.conv2d(z[:, :, None, None].expand(-1, -1, 3, 3), weight_z, padding=1)  # (B, out, 3, 3)
+    planes = z[:, :, None, None].expand(-1, -1, 3, 3)  # (B, Z, 3, 3)
+    tile = F.conv2d(planes, weight_z, padding=1)  # (B, out, 3, 3)
     stretch = [0, *[1] * (x.shape[2] - 2), 2]
-    return F.conv2d(x, weight_x, conv.bias, padding=1) + tile[:, :, stretch][..., stretch]
+    of_z = tile[:, :, stretch][..., stretch]  # (B, out, S, S)
+    of_x = F.conv2d(x, weight_x, conv.bias, padding=1)  # (B, out, S, S)
+    return of_x + of_z
+
+
+class DownBlock(nn.Sequential):
+    """(B, in, S, S) -> (B, out, S / 2, S / 2)"""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            nn.BatchNorm2d(out_channels),
+            ResidualBlock(out_channels, out_channels // 2),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+        )
+
+
+class UpBlock(nn.Sequential):
+    """(B, in, S, S) -> (B, out, 2 S, 2 S)"""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(
+            nn.ConvTranspose2d(in_channels, out_channels, 2, 2),
+            nn.BatchNorm2d(out_channels),
+            ResidualBlock(out_channels, out_channels // 2),
+            nn.ReLU(),
+        )
 
 
 class FDM(nn.Module):
@@ -196,23 +243,25 @@ class FDM(nn.Module):
 
     def __init__(self, frame_size, context, z_dim, width, predict_change):
         super().__init__()
-        past, self.predict_change = 3 * (context + 1), predict_change
+        self.predict_change = predict_change
+        past_channels = 3 * (context + 1)
         depth = frame_size.bit_length() - 2  # down blocks until 2x2 is left: 5 at 64x64
-        widths = [width * 2**i for i in range(depth + 1)]  # 24, 48, 96, 192, 384 and, at 1x1, 768
-        self.down, channels = nn.ModuleList(), past + z_dim
-        for o in widths[:-1]:  # halves the side
-            block = [nn.Conv2d(channels, o, 3, padding=1), nn.BatchNorm2d(o)]
-            block += [ResidualBlock(o, o // 2), nn.MaxPool2d(2), nn.ReLU()]
-            self.down.append(nn.Sequential(*block))
-            channels = o
-        self.bottom = nn.Conv2d(channels, widths[-1], 2)  # (B, 16 width, 2, 2) -> 1x1
-        self.up, channels = nn.ModuleList(), widths[-1] + z_dim  # z in place of a skip
-        for o in [*reversed(widths[:-1]), width]:  # doubles the side
-            block = [nn.ConvTranspose2d(channels, o, 2, 2), nn.BatchNorm2d(o)]
-            self.up.append(nn.Sequential(*block, ResidualBlock(o, o // 2), nn.ReLU()))
-            channels = 2 * o  # with the skip of the same size
-        last = [nn.Conv2d(width + past, width, 3, padding=1), ResidualBlock(width, width // 2)]
-        self.last = nn.Sequential(*last, nn.ReLU(), nn.Conv2d(width, 3, 1))
+        widths = [width * 2**i for i in range(depth)]  # 24, 48, 96, 192, 384
+        bottom_width = width * 2**depth  # 768
+        # the first down block, apart from its convolution: see conv_with_planes()
+        self.first_conv, *rest = DownBlock(past_channels + z_dim, width)
+        self.after_first_conv = nn.Sequential(*rest)
+        self.down = nn.ModuleList(DownBlock(i, o) for i, o in zip(widths, widths[1:]))
+        self.bottom = nn.Conv2d(widths[-1], bottom_width, 2)  # (B, 16 width, 2, 2) -> 1x1
+        self.up = nn.ModuleList([UpBlock(bottom_width + z_dim, widths[-1])])
+        for skip_width, out_width in zip(reversed(widths), [*reversed(widths[:-1]), width]):
+            self.up.append(UpBlock(2 * skip_width, out_width))  # doubled by the skip connection
+        self.last = nn.Sequential(
+            nn.Conv2d(width + past_channels, width, 3, padding=1),
+            ResidualBlock(width, width // 2),
+            nn.ReLU(),
+            nn.Conv2d(width, 3, 1),
+        )
         if predict_change:  # starts from "nothing changes"
             nn.init.zeros_(self.last[-1].weight)
             nn.init.zeros_(self.last[-1].bias)
@@ -221,12 +270,16 @@ class FDM(nn.Module):
         """past uint8 (B, k + 1, S, S, 3), z (B, Z) -> o_{t+1} (B, 3, S, S), unclipped if the change
         is predicted, else within [-0.5, 0.5]
         """
-        past = common.to_input(past)
-        x = conv_with_planes(self.down[0][0], past, z)  # (B, width, S, S)
-        skips = [self.down[0][1:](x)]  # (B, width, S / 2, S / 2)
-        for block in self.down[1:]:
-            skips.append(block(skips[-1]))
-        x = self.up[0](torch.cat([self.bottom(skips[-1]), z[:, :, None, None]], 1))
+        past = common.to_input(past)  # (B, 3 (k + 1), S, S)
+        x = conv_with_planes(self.first_conv, past, z)  # (B, width, S, S)
+        x = self.after_first_conv(x)  # (B, width, S / 2, S / 2)
+        skips = [x]
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+        x = self.bottom(x)  # (B, 32 width, 1, 1) at 64x64
+        x = torch.cat([x, z[:, :, None, None]], 1)  # z in place of a skip connection
+        x = self.up[0](x)
         for block, skip in zip(self.up[1:], reversed(skips)):
             x = block(torch.cat([x, skip], 1))  # at last (B, width, S, S)
         x = self.last(torch.cat([x, past], 1))  # (B, 3, S, S)
@@ -244,47 +297,57 @@ def scale_head(idm, windows, std):
     z = idm(windows)
     scale = std / (z.std(0) + 1e-8)
     idm.head.weight *= scale[:, None]
-    idm.head.bias.copy_((idm.head.bias - z.mean(0)) * scale)
+    centered = idm.head.bias - z.mean(0)
+    idm.head.bias.copy_(centered * scale)
 
 
 def dynamics_loss(idm, quantizer, fdm, windows, commitment_cost):
     """windows uint8 (B, k + 2, S, S, 3) -> loss (), FDM's mse (), commitment loss ()"""
-    z_q, commitment_loss, _ = quantizer(idm(windows))
-    mse = F.mse_loss(fdm(windows[:, :-1], z_q), common.to_input(windows[:, -1:]))
+    z = idm(windows)
+    z_q, commitment_loss, _ = quantizer(z)
+    predicted = fdm(windows[:, :-1], z_q)
+    mse = F.mse_loss(predicted, common.to_input(windows[:, -1:]))
     return mse + commitment_cost * commitment_loss, mse, commitment_loss
 
 
 def perplexity(codes, embeddings):
     """codes [N] -> exp of the entropy of their frequencies: 1 if all are equal, K if uniform."""
     p = np.bincount(codes, minlength=embeddings) / len(codes)
-    return float(np.exp(-(p * np.log(np.maximum(p, 1e-10))).sum()))
+    log_p = np.log(np.maximum(p, 1e-10))
+    return float(np.exp(-(p * log_p).sum()))
 
 
 def linear_probe(z, actions, test_z, test_actions):
     """Accuracy of a linear classifier of z, fitted on z, actions; and of their majority class. Of
     continuous actions float [N, A]: R^2 of a linear regression; and of their mean.
     """
-    probe, constant = LogisticRegression(C=0.1, max_iter=1000), DummyClassifier()
+    probe = LogisticRegression(C=0.1, max_iter=1000)
+    constant = DummyClassifier()
     if actions.dtype.kind == "f":
-        probe, constant = Ridge(), DummyRegressor()
-    probe = probe if len(np.unique(actions)) > 1 else constant  # a classifier needs two
-    fitted = (make_pipeline(StandardScaler(), x).fit(z, actions) for x in (probe, constant))
-    return tuple(float(x.score(test_z, test_actions)) for x in fitted)
+        probe = Ridge()
+        constant = DummyRegressor()
+    if len(np.unique(actions)) == 1:  # a classifier needs two
+        probe = constant
+    probe = make_pipeline(StandardScaler(), probe).fit(z, actions)
+    constant.fit(z, actions)
+    score = probe.score(test_z, test_actions)
+    return float(score), float(constant.score(test_z, test_actions))
 
 
 def in_batches(model, *inputs, batch_size=512):
     """The model's outputs for inputs (N, ...), computed in parts."""
-    return torch.cat([model(*parts) for parts in zip(*(x.split(batch_size) for x in inputs))])
+    parts = zip(*(x.split(batch_size) for x in inputs))
+    return torch.cat([model(*part) for part in parts])
 
 
-def as_stored(z):
-    """z (B, Z) as files hold it, float16; ends the run if it has grown beyond that. Without VQ, the
-    FDM's batch normalization can hide its scale from the loss (results/LOG.md).
+def check_range(z):
+    """Ends the run if z does not fit into float16, in which files hold it. Without VQ, the FDM's
+    batch normalization can hide its scale from the loss.
     """
-    if not (stored := z.half()).isfinite().all():
-        size = f"{z.abs().max():.0e}"
+    largest = z.abs().max().item()
+    if not largest <= torch.finfo(torch.float16).max:
+        size = f"{largest:.0e}"
         common.fail(f"latents have grown to {size}, beyond float16; try --z-std 0 or a lower --lr")
-    return stored
 
 
 @torch.no_grad()
@@ -293,129 +356,218 @@ def evaluate(idm, quantizer, fdm, test_windows, probe_windows, probe_actions):
     [N] (or None) is fitted on the first 3/4 of probe_windows, in the order of the files, and tested
     on the rest.
     """
-    idm.eval(), quantizer.eval(), fdm.eval()
-    as_stored(z := in_batches(idm, test_windows))  # ends a run that has diverged
+    models = (idm, quantizer, fdm)
+    for model in models:
+        model.eval()
+    z = in_batches(idm, test_windows)  # (N, Z)
+    check_range(z)
     z_q, _, codes = quantizer(z)
-    predicted = in_batches(fdm, test_windows[:, :-1], z_q)
-    copied, target = (common.to_input(test_windows[:, i, None]) for i in (-2, -1))
-    metrics = dict(test_mse=F.mse_loss(predicted, target), copy_mse=F.mse_loss(copied, target))
+    predicted = in_batches(fdm, test_windows[:, :-1], z_q)  # (N, 3, S, S)
+    o_t = common.to_input(test_windows[:, -2:-1])
+    target = common.to_input(test_windows[:, -1:])
+    metrics = dict(test_mse=F.mse_loss(predicted, target), copy_mse=F.mse_loss(o_t, target))
     if codes.numel():
-        # per position: pooled over positions, four that sit on one code each would give 4
-        per_position = [perplexity(p, quantizer.embedding.shape[1]) for p in codes.cpu().numpy().T]
-        metrics |= dict(perplexity_mean=np.mean(per_position), perplexity_min=min(per_position))
+        # For each position: pooled over four positions, each of which uses one code of its own, the
+        # perplexity would be 4, though the latents say nothing.
+        embeddings = quantizer.embedding.shape[1]
+        each = [perplexity(position, embeddings) for position in codes.cpu().numpy().T]
+        metrics["perplexity_mean"] = np.mean(each)
+        metrics["perplexity_min"] = min(each)
     if probe_actions is not None:
-        z, a = in_batches(idm, probe_windows).cpu().numpy(), probe_actions
-        n = len(z) * 3 // 4
-        metrics["probe"], metrics["majority"] = linear_probe(z[:n], a[:n], z[n:], a[n:])
-    idm.train(), quantizer.train(), fdm.train()
+        z = in_batches(idm, probe_windows).cpu().numpy()
+        split = int(PROBE_FIT * len(z))
+        fit = z[:split], probe_actions[:split]
+        test = z[split:], probe_actions[split:]
+        metrics["probe"], metrics["majority"] = linear_probe(*fit, *test)
+    for model in models:
+        model.train()
     return {name: float(value) for name, value in metrics.items()}
 
 
 @torch.no_grad()
 def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device):
     """Labels each valid window of each shard with its latent action; other rows hold zeros."""
-    idm.eval(), quantizer.eval()
-    settings = dict(dynamics=common.fingerprint(idm, quantizer))
-    paths, z_dim = common.list_shards(frames_dir), idm.head.out_features
+    idm.eval()
+    quantizer.eval()
+    dynamics_id = common.fingerprint(idm, quantizer)
+    z_dim = idm.head.out_features
     num_codes = quantizer(torch.zeros(1, z_dim, device=device))[2].shape[1]
+    paths = common.list_shards(frames_dir)
     bar = common.progress_bar(len(paths), "shard", f"latents of {frames_dir}")
-    for path, obs, valid, _, _ in common.read_ahead(paths, game=game, context=context):
+    read = functools.partial(common.read_shard, game=game, context=context)
+    for shard in common.in_background(read, paths):
+        obs = torch.from_numpy(shard.obs)
         z = torch.zeros(len(obs), z_dim, dtype=torch.float16)
         codes = torch.zeros(len(obs), num_codes, dtype=torch.uint8)
-        for rows in torch.from_numpy(np.flatnonzero(valid)).split(1024):
-            windows = torch.from_numpy(obs)[rows[:, None] + torch.arange(-context, 2)].to(device)
-            batch_z = idm(windows)  # (B, Z)
-            z[rows], codes[rows] = as_stored(batch_z).cpu(), quantizer(batch_z)[2].byte().cpu()
-        name = path.name.replace("frames", "latents")
-        common.save_npz(latents_dir / name, settings, z=z, codes=codes, valid=valid)
+        for rows in torch.from_numpy(np.flatnonzero(shard.valid)).split(1024):
+            windows = obs[rows[:, None] + torch.arange(-context, 2)]  # (B, k + 2, S, S, 3)
+            batch_z = idm(windows.to(device))  # (B, Z)
+            check_range(batch_z)
+            z[rows] = batch_z.half().cpu()
+            codes[rows] = quantizer(batch_z)[2].byte().cpu()
+        path = latents_dir / shard.path.name.replace("frames", "latents")
+        source = dict(dynamics_id=dynamics_id, frames_id=common.frames_id([shard.path]))
+        common.save_npz(path, source, z=z, codes=codes, valid=shard.valid)
         bar.update()
     bar.close()
 
 
+def load_evaluation_windows(args, device):
+    """Held-out windows; windows of random play and their true actions, or None.
+
+    Random play is the honest probe of z: its o_t says nothing about the action, so a memory of
+    places cannot pass. Without it (own videos), the held-out frames are probed.
+    """
+    test = common.FrameStore(args, "test", args.context, device)
+    probed = test
+    if (args.data_dir / args.game / "random").exists():
+        probed = common.FrameStore(args, "random", args.context, device)
+    if test.frame_size != probed.frame_size:
+        common.fail(f"{test.folder} and {probed.folder} differ in frame size")
+    test_windows = test.windows_at(test.draw(TEST_WINDOWS))
+    probe_rows = probed.draw(TEST_WINDOWS).sort()[0]
+    probe_actions = common.true_actions_to_report_on(probed, probe_rows)
+    if probe_actions is not None:
+        print(f"probe: true actions of {probed.folder}, to report on, not to learn")
+    return test_windows, probed.windows_at(probe_rows), probe_actions
+
+
+def model_config(args, frame_size):
+    """What the constructors of the three networks need; the checkpoint carries it."""
+    window = dict(frame_size=frame_size, context=args.context)
+    z_dim = args.codebooks * args.latents_per_codebook * args.embedding_dim
+    quantizer = dict(
+        codebooks=args.codebooks,
+        positions=args.latents_per_codebook,
+        embeddings=args.embeddings,
+        embedding_dim=args.embedding_dim,
+        decay=args.vq_decay,
+    )
+    return dict(
+        idm=dict(**window, multiplier=args.multiplier, z_dim=z_dim),
+        fdm=dict(
+            **window,
+            z_dim=z_dim,
+            width=args.fdm_width,
+            predict_change=args.predict_change,
+        ),
+        quantizer=quantizer if args.vq else None,
+    )
+
+
+def build_models(config, device):
+    """IDM, quantizer and FDM, untrained."""
+    idm = IDM(**config["idm"])
+    fdm = FDM(**config["fdm"])
+    quantizer = EMAVectorQuantizer(**config["quantizer"]) if config["quantizer"] else NoQuantizer()
+    for module in (idm, quantizer, fdm):
+        module.to(device, memory_format=torch.channels_last)
+    return idm, quantizer, fdm
+
+
+def make_optimizer(args, parameters):
+    """AdamW and its schedule: the learning rate rises from 10% to its peak, then falls to 1%,
+    linearly (official code).
+    """
+    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
+    steps = [0, args.warmup_steps, max(args.grad_steps, args.warmup_steps + 1)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: float(np.interp(step, steps, [0.1, 1.0, 0.01]))
+    )
+    return optimizer, schedule
+
+
 def main(args):
-    device = common.pick_device(args.device)
+    device = common.pick_device(args)
     torch.manual_seed(args.seed)
     data, run = args.data_dir / args.game, args.runs_dir / args.game
+    output, state = run / "latent_dynamics.pt", run / "train_latent_dynamics_state.pt"
     if not 2 <= args.embeddings <= 256:
         common.fail(f"--embeddings {args.embeddings}: a code is stored in one byte, 2 to 256 fit")
 
-    # --- data. Random play is the honest probe of z: its o_t says nothing about the action, so
-    # no memory of places can pass. Without it (own videos), the held-out frames are probed.
-    k = args.context
-    probe_split = "random" if (data / "random").exists() else "test"
-    store = common.FrameStore(args, "train", k, device, pool_frames=args.pool_frames)
-    test = common.FrameStore(args, "test", k, device)
-    probed = test if probe_split == "test" else common.FrameStore(args, "random", k, device)
-    if not store.frame_size == test.frame_size == probed.frame_size:
+    # --- data
+    store = common.FrameStore(args, "train", args.context, device, pool_frames=args.pool_frames)
+    size = store.frame_size
+    frames_id = common.frames_id(common.list_shards(store.folder))
+    evaluation_windows = load_evaluation_windows(args, device)
+    if evaluation_windows[0].shape[2] != size:
         common.fail(f"the splits of {data} differ in frame size")
-    test_windows, rows = test.windows_at(test.draw(4096)), probed.draw(4096).sort()[0]
-    probe = probed.windows_at(rows), common.true_actions_to_report_on(probed, rows)
+    common.lock(output)
 
     # --- networks
-    size, z_dim = store.frame_size, args.codebooks * args.latents_per_codebook * args.embedding_dim
-    idm = IDM(size, k, args.multiplier, z_dim)
-    fdm = FDM(size, k, z_dim, args.fdm_width, args.predict_change)
-    vq_sizes = (args.codebooks, args.latents_per_codebook, args.embeddings, args.embedding_dim)
-    quantizer = EMAVectorQuantizer(*vq_sizes, args.vq_decay) if args.vq else NoQuantizer()
-    for module in (idm, quantizer, fdm):
-        module.to(device, memory_format=torch.channels_last)
+    config = model_config(args, size)
+    idm, quantizer, fdm = build_models(config, device)
     if args.z_std:
         scale_head(idm, store.windows_at(store.draw(512)), args.z_std)
     parameters = [*idm.parameters(), *fdm.parameters()]  # the codebooks are moving averages
-    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
-    ramp = ([0, args.warmup_steps, max(args.grad_steps, args.warmup_steps + 1)], [0.1, 1.0, 0.01])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: float(np.interp(i, *ramp)))
+    optimizer, schedule = make_optimizer(args, parameters)
     compute_loss = torch.compile(dynamics_loss) if args.compile else dynamics_loss
     print(
         f"stage 1: {args.grad_steps:,} updates of {args.batch_size} windows of {args.game}, {size}x"
         f"{size}; {store.num_frames:,} frames, {len(store.obs):,} in memory; on {device}, "
-        f"{sum(p.numel() for p in parameters):,} parameters; probe on {probe_split} frames"
+        f"{sum(p.numel() for p in parameters):,} parameters"
     )
 
+    def evaluate_and_save(grad_step, train_mse, commitment_loss):
+        common.check_finite(grad_step, output, idm, fdm)
+        metrics = dict(train_mse=train_mse, commitment_loss=commitment_loss)
+        metrics |= evaluate(idm, quantizer, fdm, *evaluation_windows)
+        log.write(grad_step=grad_step, **metrics)
+        if grad_step and metrics.get("perplexity_mean", 2) < 1.5:
+            log.bar.write("warning: the codebooks have collapsed, see README, Troubleshooting")
+        common.save_checkpoint(
+            output,
+            kind="latent_dynamics",
+            game=args.game,
+            grad_step=grad_step,
+            recording=store.recording,
+            config=config,
+            dynamics_id=common.fingerprint(idm, quantizer),
+            idm=idm.state_dict(),
+            quantizer=quantizer.state_dict(),
+            fdm=fdm.state_dict(),
+        )
+        common.save_state(state, args, grad_step, parts, made_from=frames_id)
+
     # --- training
-    output, state = run / "latent_dynamics.pt", run / "train_latent_dynamics_state.pt"
-    parts = dict(idm=idm, quantizer=quantizer, fdm=fdm, optimizer=optimizer, schedule=schedule)
+    parts = dict(
+        idm=idm,
+        quantizer=quantizer,
+        fdm=fdm,
+        optimizer=optimizer,
+        schedule=schedule,
+    )
     parts["sampler"] = store.generator
-    start, _ = common.load_state(state, args, parts)
+    start, _ = common.load_state(state, args, parts, frames_id)
     log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step", start)
-    mse = commitment = float("nan")
-    for grad_step in range(start, args.grad_steps + 1):  # grad_step updates have been made
-        last = grad_step == args.grad_steps
-        # step 0 is the untrained IDM; the first step of a resumed run has been logged already
-        if (last or grad_step % args.eval_every == 0) and (grad_step > start or start == 0):
-            common.check_finite(grad_step, output, idm, fdm)
-            metrics = evaluate(idm, quantizer, fdm, test_windows, *probe)
-            log.write(grad_step=grad_step, train_mse=mse, commitment_loss=commitment, **metrics)
-            if grad_step and metrics.get("perplexity_mean", 2) < 1.5:
-                log.bar.write("warning: the codebooks have collapsed, see README, Troubleshooting")
-            common.save_checkpoint(
-                output, kind="latent_dynamics", game=args.game, grad_step=grad_step,
-                settings=store.settings, frame_size=size, context=k, z_dim=z_dim,
-                multiplier=args.multiplier, fdm_width=args.fdm_width,
-                predict_change=args.predict_change, vq_sizes=vq_sizes if args.vq else None,
-                fingerprint=common.fingerprint(idm, quantizer), idm=idm.state_dict(),
-                quantizer=quantizer.state_dict(), fdm=fdm.state_dict(),
-            )  # fmt: skip
-            common.save_state(state, args, grad_step, parts)
-        if last:
-            break
+    if start == 0:  # the untrained IDM, a control
+        evaluate_and_save(0, float("nan"), float("nan"))
+    for grad_step in range(start + 1, args.grad_steps + 1):
+        # a minibatch of windows o_{t-k} .. o_{t+1}
         windows = store.windows_at(store.draw(args.batch_size))
+        # the IDM labels them with z_t; the FDM predicts o_{t+1}, given the quantized z_t
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            loss, mse, commitment = compute_loss(idm, quantizer, fdm, windows, args.commitment_cost)
+            losses = compute_loss(idm, quantizer, fdm, windows, args.commitment_cost)
+        loss, mse, commitment_loss = losses
+        # one step of AdamW for both networks; the codebooks moved in the forward pass
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         schedule.step()
         log.bar.update()
+        if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
+            evaluate_and_save(grad_step, mse, commitment_loss)
     log.bar.close()
-    common.load_checkpoint(output, "latent_dynamics", args.game)  # fails if it has been lost since
+    if not output.exists():
+        common.fail(f"{output} is missing though the run is complete; leave out --resume")
 
+    # --- label all frames once, for stages 2 and 3
     for split in ("train", "test"):
-        write_latents(idm, quantizer, data / split, run / split, args.game, k, device)
+        write_latents(idm, quantizer, data / split, run / split, args.game, args.context, device)
     print(f"latents and checkpoint: {run}")
-    common.print_next(f"train_latent_bc.py --game {args.game}", args)
+    common.print_next("train_latent_bc.py", args)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    common.run(main, Args)

@@ -9,14 +9,16 @@ Nothing keeps all K latents in use: one that is never the nearest is never train
 Kyrki (2023) describe this collapse, so the histogram of nearest latents and the entropy of pi are
 logged: a perplexity near 1 means that one latent stands for every change.
 
-Known of ILPO are both losses and Adam's settings. The paper does not report its number of latents,
-its networks or its number of updates: here K is 15, the number of Procgen's actions, and the rest
-is LAPO's (A.4). Edwards et al. label online transitions with their nearest latents and learn a map
-to actions; here PPO alone decodes, from the latent policy's features (--method rl).
+Both losses and Adam's settings are those of Edwards et al. The LAPO paper does not report the number
+of latents, the networks or the number of updates of its ILPO: here K is 15, the number of Procgen's
+actions, and the rest is LAPO's (A.4). Edwards et al. label online transitions with their nearest
+latents and learn a map to actions; here PPO alone decodes, from the latent policy's features
+(--method rl).
 
 reads   data/<game>/{train,test,random}/frames_NNN.npz (labels, if there, for metrics only)
 writes  runs/ilpo/<game>/latent_policy.pt, train_ilpo.csv
 
+Run it as a module, in the folder of the project:
 paper scale   python -m baselines.train_ilpo --game bigfish
   then        python decode_online_ppo.py --game bigfish --method rl --runs-dir runs/ilpo
 one level     python collect_data.py --game coinrun --num-levels 1 --data-dir data/one_level
@@ -34,9 +36,8 @@ import common  # before torch
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from train_latent_bc import LatentPolicy
-from train_latent_dynamics import FDM, perplexity
+from train_latent_dynamics import FDM, PROBE_FIT, load_evaluation_windows, perplexity
 
 
 @dataclass
@@ -48,9 +49,9 @@ class Args(common.RunArgs):
     compile: bool = False
     """Compile the loss with torch.compile."""
     bf16: bool = False
-    """Compute layers in bfloat16; weights stay float32."""
+    """Compute layers in bfloat16; weights stay float32. Slow on a CPU without units for it."""
     pool_frames: int = 1_000_000
-    """Frames in memory at once (12 KB each at 64x64); more than that on disk are streamed."""
+    """Frames in memory (12 KB each at 64x64); if there are more on disk, they are streamed."""
     eval_every: int = 2000
     """Gradient steps between evaluations, checkpoints and saved states."""
 
@@ -72,7 +73,7 @@ class Args(common.RunArgs):
     """Adam's decay of the mean gradient (Edwards et al.)."""
 
 
-# --- training -------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 # The generator is stage 1's FDM that predicts the change, given a one-hot latent. The policy is
 # stage 2's network, its K outputs read as the logits of pi.
 
@@ -86,7 +87,8 @@ def predict_all(generator, past, latents):
 
 def mse_of_each(predicted, windows):
     """predicted (B, K, 3, S, S), windows uint8 (B, k + 2, S, S, 3) -> mse of o_{t+1} (B, K)"""
-    return (predicted - common.to_input(windows[:, -1:])[:, None]).pow(2).mean((2, 3, 4))
+    target = common.to_input(windows[:, -1:])  # (B, 3, S, S)
+    return (predicted - target[:, None]).pow(2).mean((2, 3, 4))
 
 
 def mean_prediction(pi, predicted):
@@ -97,9 +99,11 @@ def mean_prediction(pi, predicted):
 @torch.no_grad()
 def nearest_latents(generator, windows, latents, batch_size=64):
     """uint8 (N, k + 2, S, S, 3) -> the latent whose prediction is nearest to o_{t+1}, int64 (N,)"""
-    parts = windows.split(batch_size)
-    predicted = (predict_all(generator, part[:, :-1], latents) for part in parts)
-    return torch.cat([mse_of_each(p, part).argmin(1) for p, part in zip(predicted, parts)])
+    nearest = []
+    for part in windows.split(batch_size):
+        predicted = predict_all(generator, part[:, :-1], latents)
+        nearest.append(mse_of_each(predicted, part).argmin(1))
+    return torch.cat(nearest)
 
 
 def ilpo_loss(policy, generator, windows, latents):
@@ -110,16 +114,21 @@ def ilpo_loss(policy, generator, windows, latents):
     latents are tried without gradients, then the nearest one is predicted again with them. So the
     first mse trains only the generator, for the nearest latent; the second only the policy.
     """
-    past, target = windows[:, :-1], common.to_input(windows[:, -1:])
+    past = windows[:, :-1]
+    target = common.to_input(windows[:, -1:])  # (B, 3, S, S)
     generator.eval()  # running statistics: a prediction depends on no other window or latent
     with torch.no_grad():
         predicted = predict_all(generator, past, latents)  # (B, K, 3, S, S)
-        nearest = mse_of_each(predicted, windows).argmin(1)
+        nearest = mse_of_each(predicted, windows).argmin(1)  # (B,)
     generator.train()
-    nearest_mse = F.mse_loss(generator(past, F.one_hot(nearest, latents).float()), target)
+    nearest_prediction = generator(past, F.one_hot(nearest, latents).float())
+    nearest_mse = F.mse_loss(nearest_prediction, target)
     pi = policy(windows[:, -2]).softmax(-1)  # (B, K)
     mean_mse = F.mse_loss(mean_prediction(pi, predicted), target)
     return nearest_mse + mean_mse, nearest_mse, mean_mse
+
+
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 def map_accuracy(z, actions, test_z, test_actions, latents):
@@ -136,106 +145,121 @@ def map_accuracy(z, actions, test_z, test_actions, latents):
 
 @torch.no_grad()
 def evaluate(policy, generator, test_windows, probe_windows, probe_actions, latents, batch_size=64):
-    """Metrics of held-out windows uint8 (N, k + 2, S, S, 3), as a dict.
-
-    The map to probe_actions [N] (or None) is fitted on the first three quarters of probe_windows,
-    and tested on the last, in the order of the files.
+    """Metrics of held-out windows uint8 (N, k + 2, S, S, 3), as a dict. The map to probe_actions
+    [N] (or None) is fitted on the first 3/4 of probe_windows, in the order of the files, and tested
+    on the rest.
     """
-    policy.eval(), generator.eval()
-    metrics, nearest, pi = dict(test_mse=0.0, test_mean_mse=0.0, copy_mse=0.0), [], []
+    generator.eval()
+    metrics = dict(test_mse=0.0, test_mean_mse=0.0, copy_mse=0.0)
+    nearest = []
+    pi = []
     for windows in test_windows.split(batch_size):
         predicted = predict_all(generator, windows[:, :-1], latents)  # (B, K, 3, S, S)
         mse, nearest_latent = mse_of_each(predicted, windows).min(1)
         nearest.append(nearest_latent)
         pi.append(policy(windows[:, -2]).softmax(-1))
-        copied, target = (common.to_input(windows[:, i, None]) for i in (-2, -1))
-        weight = len(windows) / len(test_windows)
+        o_t = common.to_input(windows[:, -2:-1])
+        target = common.to_input(windows[:, -1:])
         mean_mse = F.mse_loss(mean_prediction(pi[-1], predicted), target)
+        weight = len(windows) / len(test_windows)
         metrics["test_mse"] += weight * mse.mean().item()
         metrics["test_mean_mse"] += weight * mean_mse.item()
-        metrics["copy_mse"] += weight * F.mse_loss(copied, target).item()
-    nearest, pi = torch.cat(nearest).cpu().numpy(), torch.distributions.Categorical(torch.cat(pi))
+        metrics["copy_mse"] += weight * F.mse_loss(o_t, target).item()
+    nearest = torch.cat(nearest).cpu().numpy()
+    pi = torch.cat(pi)  # (N, K)
+    mean_pi = torch.distributions.Categorical(pi.mean(0))
     metrics["perplexity"] = perplexity(nearest, latents)  # of the nearest latents, K at most
-    metrics["policy_entropy"] = pi.entropy().mean()  # of pi(z | o_t), in nats, log K at most
-    metrics["policy_perplexity"] = torch.distributions.Categorical(pi.probs.mean(0)).perplexity()
+    entropy = torch.distributions.Categorical(pi).entropy()  # in nats, log K at most
+    metrics["policy_entropy"] = entropy.mean().item()
+    metrics["policy_perplexity"] = mean_pi.perplexity().item()
     if probe_actions is not None:
         z = nearest_latents(generator, probe_windows, latents).cpu().numpy()
-        a, n = probe_actions, len(z) * 3 // 4
-        accuracy = map_accuracy(z[:n], a[:n], z[n:], a[n:], latents)
-        metrics["map_accuracy"], metrics["majority"] = accuracy
+        split = int(PROBE_FIT * len(z))
+        fitted = (z[:split], probe_actions[:split])
+        scores = map_accuracy(*fitted, z[split:], probe_actions[split:], latents)
+        metrics["map_accuracy"], metrics["majority"] = scores
     frequencies = np.bincount(nearest, minlength=latents) / len(nearest)
-    metrics["histogram"] = " ".join(f"{x:.3f}" for x in frequencies)
-    policy.train(), generator.train()
+    metrics["histogram"] = " ".join(f"{frequency:.3f}" for frequency in frequencies)
+    generator.train()
     return metrics
 
 
 def main(args):
-    device = common.pick_device(args.device)
+    device = common.pick_device(args)
     torch.manual_seed(args.seed)
     data, run = args.data_dir / args.game, args.runs_dir / args.game
-    if args.latents < 2:
-        common.fail(f"--latents {args.latents} leaves no choice of a latent; 2 or more do")
+    output = run / "latent_policy.pt"
+    state = run / "train_ilpo_state.pt"
+    latents = args.latents
+    if latents < 2:
+        common.fail(f"--latents {latents} leaves no choice of a latent; 2 or more do")
     if (run / "latent_dynamics.pt").exists():
         common.fail(f"{run} has LAPO's latent_policy.pt, which this would replace; see --runs-dir")
 
     # --- data: as in stage 1, latents are compared with actions on random play, if there is any
-    k, probe_split = args.context, "random" if (data / "random").exists() else "test"
-    store = common.FrameStore(args, "train", k, device, pool_frames=args.pool_frames)
-    test = common.FrameStore(args, "test", k, device)
-    probed = test if probe_split == "test" else common.FrameStore(args, "random", k, device)
-    if not store.frame_size == test.frame_size == probed.frame_size:
+    store = common.FrameStore(args, "train", args.context, device, pool_frames=args.pool_frames)
+    size = store.frame_size
+    frames_id = common.frames_id(common.list_shards(store.folder))
+    evaluation_windows = load_evaluation_windows(args, device)
+    if evaluation_windows[0].shape[2] != size:
         common.fail(f"the splits of {data} differ in frame size")
-    test_windows, rows = test.windows_at(test.draw(4096)), probed.draw(4096).sort()[0]
-    probe = probed.windows_at(rows), common.true_actions_to_report_on(probed, rows)
+    common.lock(output)
 
     # --- networks
-    size, latents = store.frame_size, args.latents
-    policy = LatentPolicy(size, args.multiplier, latents)
-    generator = FDM(size, k, latents, args.fdm_width, predict_change=True)
+    config = dict(frame_size=size, multiplier=args.multiplier, z_dim=latents)
+    policy = LatentPolicy(**config)
+    generator = FDM(size, args.context, latents, args.fdm_width, predict_change=True)
     for module in (policy, generator):
         module.to(device, memory_format=torch.channels_last)
     parameters = [*policy.parameters(), *generator.parameters()]
     optimizer = torch.optim.Adam(parameters, args.lr, betas=(args.adam_beta1, 0.999), fused=True)
-    loss_function = torch.compile(ilpo_loss) if args.compile else ilpo_loss
+    compute_loss = torch.compile(ilpo_loss) if args.compile else ilpo_loss
     print(
         f"ILPO: {args.grad_steps:,} updates of {args.batch_size} windows of {args.game}, {size}x"
         f"{size}; {store.num_frames:,} frames, {len(store.obs):,} in memory; on {device}, "
-        f"{sum(p.numel() for p in parameters):,} parameters; probe on {probe_split} frames"
+        f"{sum(p.numel() for p in parameters):,} parameters"
     )
 
     # --- training
-    output, state = run / "latent_policy.pt", run / "train_ilpo_state.pt"
     parts = dict(policy=policy, generator=generator, optimizer=optimizer, sampler=store.generator)
-    start, _ = common.load_state(state, args, parts)
+    start, _ = common.load_state(state, args, parts, frames_id)
     log = common.MetricsLog(run / "train_ilpo.csv", args.grad_steps, "step", start)
     for grad_step in range(start + 1, args.grad_steps + 1):
+        # a minibatch of windows o_{t-k} .. o_{t+1}
         windows = store.windows_at(store.draw(args.batch_size))
+        # the generator predicts o_{t+1} for the nearest latent, the policy weighs all of them
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            loss, nearest_mse, mean_mse = loss_function(policy, generator, windows, latents)
+            loss, nearest_mse, mean_mse = compute_loss(policy, generator, windows, latents)
+        # one step of Adam for both networks
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         log.bar.update()
         if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
             common.check_finite(grad_step, output, policy, generator)
-            metrics = evaluate(policy, generator, test_windows, *probe, latents)
-            log.write(
-                grad_step=grad_step, train_mse=nearest_mse, train_mean_mse=mean_mse, **metrics
-            )
+            metrics = dict(train_mse=nearest_mse, train_mean_mse=mean_mse)
+            metrics |= evaluate(policy, generator, *evaluation_windows, latents)
+            log.write(grad_step=grad_step, **metrics)
             if metrics["perplexity"] < 1.5:
                 log.bar.write("warning: one latent stands for nearly every change (collapse)")
             common.save_checkpoint(
-                output, kind="latent_policy", game=args.game, grad_step=grad_step,
-                settings=store.settings, frame_size=size, context=k, z_dim=latents,
-                multiplier=args.multiplier, dynamics=common.fingerprint(generator),
+                output,
+                kind="latent_policy",
+                game=args.game,
+                grad_step=grad_step,
+                recording=store.recording,
+                context=args.context,
+                config=config,
+                dynamics_id=common.fingerprint(generator),
                 policy=policy.state_dict(),
-            )  # fmt: skip
-            common.save_state(state, args, grad_step, parts)
+            )
+            common.save_state(state, args, grad_step, parts, made_from=frames_id)
     log.bar.close()
-    common.load_checkpoint(output, "latent_policy", args.game)  # fails if it has been lost since
+    if not output.exists():
+        common.fail(f"{output} is missing though the run is complete; leave out --resume")
     print(f"latent policy: {output}")
-    common.print_next(f"decode_online_ppo.py --game {args.game} --method rl", args)
+    common.print_next("decode_online_ppo.py", args, "--method", "rl")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    common.run(main, Args)

@@ -8,14 +8,15 @@ average, the counterpart of Procgen's averaged logits, would halve it.
 
 reads   runs/<game>/latent_policy.pt, and for rl_sl latent_dynamics.pt (the IDM)
 writes  runs/<game>/decode_online_<method>.npz: env_steps, returns, episodes [T], and mean_return of
-        the Gaussian's mean after training; .png (all methods in the folder), .csv
+        the Gaussian's mean after training; .png, .csv
 
 at 64x64      python -m continuous_control.decode_dmc_online --game cheetah_run
 on a CPU      python -m continuous_control.decode_dmc_online --game cheetah_run
-                  --env-steps 400_000 --log-every-steps 20_000    # frames as in collect_dmc.py
+                  --env-steps 400_000 --log-every-steps 16_000
 """
 
-from dataclasses import asdict, dataclass
+import copy
+from dataclasses import dataclass
 from typing import Literal
 
 import common  # before torch
@@ -23,11 +24,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 from collect_data import compute_gae
-from decode_online_ppo import label_transitions, load_networks, plot_all_methods
+from decode_online_ppo import label_transitions, load_networks
 
-from continuous_control.collect_dmc import ControlEnvs, pick_renderer, ppo_update
+from continuous_control.collect_dmc import ControlEnvs, check_minibatches, pick_renderer, ppo_update
 from continuous_control.decode_dmc import RegressionDecoder, fit, play, r2
 
 
@@ -85,128 +85,268 @@ class OnlinePolicy(nn.Module):
 
     def __init__(self, hidden, num_actions, start_std):
         super().__init__()
-        self.hidden = nn.Linear(hidden.in_features, hidden.out_features)
-        self.hidden.load_state_dict(hidden.state_dict())
+        self.hidden = copy.deepcopy(hidden).requires_grad_(True)
         self.action = nn.Linear(hidden.out_features, num_actions)
         self.value = nn.Linear(hidden.out_features, 1)
         nn.init.zeros_(self.action.weight)
         nn.init.orthogonal_(self.value.weight, 1.0)
         nn.init.zeros_(self.action.bias)
         nn.init.zeros_(self.value.bias)
-        self.log_std = nn.Parameter(torch.full((num_actions,), float(np.log(start_std))))
+        log_std = torch.full((num_actions,), start_std).log()
+        self.log_std = nn.Parameter(log_std)
 
     def forward(self, features, decoded):
         """features (B, F), the decoder's actions (B, A) -> distribution of (B, A), value (B,)"""
         h = F.relu(self.hidden(features))  # (B, 256)
-        mean, std = decoded + self.action(h), self.log_std.exp()
-        return torch.distributions.Normal(mean, std, validate_args=False), self.value(h)[:, 0]
+        mean = decoded + self.action(h)
+        std = self.log_std.exp()
+        distribution = torch.distributions.Normal(mean, std, validate_args=False)
+        return distribution, self.value(h)[:, 0]
+
+
+class OnlineDecoder:
+    """The decoder and the transitions that it is fitted on: all of the agent's own, as the IDM
+    labels them. num_refits: the first updates, each of which ends with a fit; 0 for rl.
+    """
+
+    def __init__(self, idm, z_dim, num_actions, num_refits, args, device):
+        self.idm = idm
+        self.num_refits = num_refits
+        self.args = args
+        self.decoder = RegressionDecoder(z_dim, num_actions).to(device)
+        last = self.decoder.layers[-1]
+        nn.init.zeros_(last.weight)  # no action until the first fit
+        nn.init.zeros_(last.bias)
+        self.r2 = float("nan")
+        self.z = torch.zeros(0, z_dim, dtype=torch.half, device=device)
+        self.actions = torch.zeros(0, num_actions, device=device)
+
+    def __call__(self, z):
+        """z (B, Z) -> actions (B, A)"""
+        return self.decoder(z).clamp(-1, 1)
+
+    def learn(self, update, rollout, generator):
+        """Takes in the rollout of this update, and fits the decoder from scratch."""
+        if update > self.num_refits:
+            return
+        z, actions = label_transitions(
+            self.idm,
+            rollout["frames"],
+            rollout["first"],
+            rollout["actions"].clamp(-1, 1),  # as the environments clip them
+        )
+        self.r2 = r2(self.decoder, z, actions)  # on transitions that it was not fitted on
+        self.z = torch.cat([self.z, z.half()])
+        self.actions = torch.cat([self.actions, actions])
+        for layer in self.decoder.layers[::2]:
+            layer.reset_parameters()
+        z = self.z.float()
+        self.decoder.mean.copy_(z.mean(0))
+        self.decoder.std.copy_(z.std(0) + 1e-6)
+        fit(
+            self.decoder,
+            lambda batch: z[batch],
+            self.actions,
+            steps=self.args.decoder_steps,
+            batch_size=self.args.batch_size,
+            lr=self.args.decoder_lr,
+            generator=generator,
+        )
+        if update == self.num_refits:  # releases their memory
+            self.z = self.z[:0].clone()
+            self.actions = self.actions[:0].clone()
+
+    def state_dict(self):
+        decoder = self.decoder.state_dict()
+        return dict(decoder=decoder, r2=self.r2, z=self.z, actions=self.actions)
+
+    def load_state_dict(self, saved):
+        self.decoder.load_state_dict(saved["decoder"])
+        self.r2 = saved["r2"]
+        self.z = saved["z"].to(self.z.device)
+        self.actions = saved["actions"].to(self.z.device)
+
+
+def new_rollout(args, context, frame_size, num_features, num_actions, device):
+    """Storage of a rollout: T actions in B environments. frames and first begin with the k frames
+    before the rollout and end with the frame after it; values end with the value of that frame.
+    """
+    T, B, S = args.rollout_steps, args.num_envs, frame_size
+    num_frames = context + T + 1
+
+    def zeros(*shape, dtype=torch.float32):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return dict(
+        frames=zeros(num_frames, B, S, S, 3, dtype=torch.uint8),
+        first=~zeros(num_frames, B, dtype=torch.bool),  # True
+        features=zeros(T, B, num_features),
+        decoded=zeros(T, B, num_actions),
+        actions=zeros(T, B, num_actions),
+        logprobs=zeros(T, B),
+        rewards=zeros(T, B),
+        values=zeros(T + 1, B),
+    )
+
+
+@torch.no_grad()
+def play_rollout(rollout, envs, encode, policy, normalize_rewards, gamma):
+    """Plays T actions and writes them into the storage. encode: frames uint8 (B, S, S, 3) ->
+    features (B, F) and the decoder's actions (B, A), which all epochs of PPO use.
+    """
+    T = len(rollout["actions"])
+    frames = rollout["frames"]
+    first = rollout["first"]
+    now = len(frames) - T - 1  # k, the row of the first frame to act on
+    # the last k + 1 frames of the rollout before are the first ones of this rollout
+    frames[: now + 1] = frames[T:].clone()
+    first[: now + 1] = first[T:].clone()
+    for t in range(T):
+        # sample an action given o_t; the environments clip it
+        features, decoded = encode(frames[now + t])
+        distribution, value = policy(features, decoded)
+        action = distribution.sample()
+        logprob = distribution.log_prob(action).sum(-1)
+        # o_{t+1}; where an episode has ended, the first frame of the next one
+        obs, reward, done = envs.step(action.cpu().numpy())
+        reward = torch.from_numpy(normalize_rewards(reward, done)).to(value.device)
+        done = torch.from_numpy(done).to(value.device)
+        # Time ended the episode: what would have followed still counts. Its last frame is not
+        # rendered; the one before stands for it.
+        reward += gamma * value * done
+        rollout["features"][t] = features
+        rollout["decoded"][t] = decoded
+        rollout["actions"][t] = action
+        rollout["logprobs"][t] = logprob
+        rollout["rewards"][t] = reward
+        rollout["values"][t] = value
+        frames[now + t + 1] = torch.from_numpy(obs)
+        first[now + t + 1] = done
+    _, value = policy(*encode(frames[-1]))
+    rollout["values"][T] = value
+
+
+def learn_from_rewards(policy, optimizer, rollout, args):
+    """PPO on a rollout; returns the last loss."""
+    T = len(rollout["actions"])
+    advantages, targets = compute_gae(
+        rollout["rewards"],
+        rollout["values"],
+        rollout["first"][-T:],  # where the next frame opens an episode, one has ended
+        args.gamma,
+        args.gae_lambda,
+    )
+    steps = dict(
+        features=rollout["features"],
+        decoded=rollout["decoded"],
+        actions=rollout["actions"],
+        logprobs=rollout["logprobs"],
+        advantages=advantages,
+        targets=targets,
+    )
+    return ppo_update(policy, optimizer, steps, ["features", "decoded"], args)
+
+
+def save_results(output, args, recording, curve):
+    settings = dict(recording=recording, args=vars(args))
+    common.save_npz(f"{output}.npz", settings, **curve)
+    returns = np.array(curve["returns"])[:, None]  # of one seed
+    common.plot_returns(
+        f"{output}.png",
+        title=f"{args.game}: latent policy decoded online, 1 seed",
+        xlabel="environment steps",
+        curves={args.method: (curve["env_steps"], returns)},
+        references={
+            "expert": recording["expert_return"],
+            "random actions": recording["random_return"],
+            "mean action after training": curve["mean_return"],
+        },
+    )
 
 
 def main(args):
-    device = common.pick_device(args.device)
+    device = common.pick_device(args)
+    check_minibatches(args)
     pick_renderer()
     torch.manual_seed(args.seed)
-    run, t, b = args.runs_dir / args.game, args.rollout_steps, args.num_envs
-    with_decoder = args.method == "rl_sl"
+    output = args.runs_dir / args.game / f"decode_online_{args.method}"
 
-    # --- networks
-    checkpoint, latent_policy, idm = load_networks(run, args.game, device, with_decoder)
-    settings, k, z_dim = (checkpoint[name] for name in ("settings", "context", "z_dim"))
-    envs = ControlEnvs(settings, b, common.derive_seed(args.seed, "decode dmc online"))
+    # --- networks: the latent policy and the IDM stay as they are
+    checkpoint, latent_policy, idm = load_networks(output.parent, args, device)
+    recording = checkpoint["recording"]
+    common.lock(output)
+    seed = common.derive_seed(args.seed, "decode dmc online")
+    envs = ControlEnvs(recording, args.num_envs, seed)
+    rollout_size = args.num_envs * args.rollout_steps * recording["action_repeat"]
+    num_updates = max(1, args.env_steps // rollout_size)
+    num_refits = 0
+    if args.method == "rl_sl":
+        num_refits = int(args.refit_until * num_updates)
+        if num_refits == 0:
+            common.fail(f"--refit-until {args.refit_until} is before the end of the first update")
     policy = OnlinePolicy(latent_policy.hidden, envs.num_actions, args.start_std).to(device)
-    decoder = RegressionDecoder(z_dim, envs.num_actions).to(device)
-    for x in (decoder.layers[-1].weight, decoder.layers[-1].bias):
-        nn.init.zeros_(x)  # no action until the first fit
+    z_dim = checkpoint["config"]["z_dim"]
+    decoder = OnlineDecoder(idm, z_dim, envs.num_actions, num_refits, args, device)
     optimizer = torch.optim.Adam(policy.parameters(), args.lr, eps=1e-5, fused=True)
-    normalize_rewards = common.RewardNormalizer(b, args.gamma)
-    generator = torch.Generator().manual_seed(args.seed)
 
-    @torch.no_grad()
-    def look(obs):
-        """Encodes frames, once for all epochs: features (B, F), and what the heads make of them."""
+    def encode(obs):
         features = latent_policy.features(obs)
-        decoded = decoder(latent_policy.latent(features)).clamp(-1, 1)
-        return features, decoded, *policy(features, decoded)
+        return features, decoder(latent_policy.latent(features))
+
+    # --- storage
+    normalize_rewards = common.RewardNormalizer(args.num_envs, args.gamma)
+    generator = torch.Generator().manual_seed(args.seed)
+    sizes = (checkpoint["context"], recording["frame_size"], latent_policy.cnn.num_features)
+    rollout = new_rollout(args, *sizes, envs.num_actions, device)
+    rollout["frames"][-1] = torch.from_numpy(envs.obs)
 
     # --- training
-    output, batch = run / f"decode_online_{args.method}", t * b * settings.get("action_repeat", 1)
-    updates = max(1, args.env_steps // batch)
-    print(f"stage 3, online: {args.method} on {args.game}, {updates:,} updates on {device}")
     parts = dict(policy=policy, optimizer=optimizer, decoder=decoder, generator=generator)
-    parts |= dict(normalize_rewards=normalize_rewards)
-    curve, decoder_r2 = dict(env_steps=[], returns=[], episodes=[]), float("nan")
-    z_seen, actions_seen = torch.zeros(0, z_dim).half(), torch.zeros(0, envs.num_actions)
-    stamp, state = common.fingerprint(latent_policy), f"{output}_state.pt"
-    start, saved = common.load_state(state, args, parts, stamp)
-    if saved:
-        curve, z_seen, actions_seen = (saved[x] for x in ("curve", "z_seen", "actions_seen"))
-        normalize_rewards.discounted[:] = 0  # episodes start again
-    obs = torch.from_numpy(envs.obs).to(device)
-    frames = torch.stack([torch.zeros_like(obs)] * k + [obs])  # (k + 1, B, S, S, 3)
-    firsts = torch.ones(k + 1, b, dtype=torch.bool, device=device)
-    log = common.MetricsLog(f"{output}.csv", updates * batch, "step", start)
-    for update in range(start // batch + 1, updates + 1):
-        # k frames from before the rollout, T frames, and the one that the next rollout starts from
-        frames, firsts, steps = [*frames[-k - 1 :]], [*firsts[-k - 1 :]], []
-        for _ in range(t):
-            features, decoded, distribution, value = look(frames[-1])
-            action = distribution.sample()  # clipped by the environment
-            logprob = distribution.log_prob(action).sum(-1)
-            obs, reward, done = envs.step(action.cpu().numpy())
-            reward, done = torch.from_numpy(normalize_rewards(reward, done)), torch.from_numpy(done)
-            reward, done = reward.to(device), done.to(device)
-            # Time ended the episode: what would have followed still counts. Its last frame is not
-            # rendered; the one before stands for it.
-            reward += args.gamma * value * done
-            steps.append((features, decoded, action, logprob, reward, value))
-            frames.append(torch.from_numpy(obs).to(device))
-            firsts.append(done)
-        features, decoded, actions, logprobs, rewards, values = map(torch.stack, zip(*steps))
-        frames, firsts = torch.stack(frames), torch.stack(firsts)  # (k + T + 1, B, ..)
-        all_values = torch.cat([values, look(frames[-1])[3][None]])  # (T + 1, B)
-        dones = firsts[k + 1 :]
-        advantages, targets = compute_gae(rewards, all_values, dones, args.gamma, args.gae_lambda)
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - (update - 1) / updates)
-        rollout = actions, logprobs, advantages, targets
-        loss = ppo_update(policy, optimizer, [features, decoded], rollout, args)
+    parts["normalize_rewards"] = normalize_rewards
+    curve = dict(env_steps=[], returns=[], episodes=[])
+    made_from = common.fingerprint(latent_policy)
+    start, saved = common.load_state(f"{output}_state.pt", args, parts, made_from)
+    curve = saved.get("curve", curve)
+    normalize_rewards.discounted[:] = 0  # episodes start again
+    print(f"stage 3, online: {args.method} on {args.game}, {num_updates:,} updates on {device}")
+    log = common.MetricsLog(f"{output}.csv", num_updates * rollout_size, "step", start)
+    for update in range(start // rollout_size + 1, num_updates + 1):
+        # play T steps of each environment
+        play_rollout(rollout, envs, encode, policy, normalize_rewards, args.gamma)
+        # RL
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - (update - 1) / num_updates)
+        loss = learn_from_rewards(policy, optimizer, rollout, args)
+        # SL: all transitions so far are what the decoder is fitted on
+        decoder.learn(update, rollout, generator)
+        log.bar.update(rollout_size)
 
-        if with_decoder and update <= args.refit_until * updates:
-            z, taken = label_transitions(idm, frames, firsts, actions.clamp(-1, 1))
-            decoder_r2 = r2(decoder, z, taken.cpu())  # on transitions that it was not fitted on
-            z_seen = torch.cat([z_seen, z.half().cpu()])
-            actions_seen = torch.cat([actions_seen, taken.cpu()])
-            for layer in decoder.layers[::2]:
-                layer.reset_parameters()
-            decoder.mean.copy_(z_seen.float().mean(0))
-            decoder.std.copy_(z_seen.float().std(0) + 1e-6)
-            fit(
-                decoder, lambda rows: z_seen[rows].float().to(device),
-                torch.arange(len(z_seen)), actions_seen,
-                args.decoder_steps, args.batch_size, args.decoder_lr, generator,
-            )  # fmt: skip
-        log.bar.update(batch)
-
-        env_step, every = update * batch, args.log_every_steps
-        if env_step // every > (env_step - batch) // every or update == updates:
+        # log, save
+        env_step = update * rollout_size
+        if env_step % args.log_every_steps < rollout_size or update == num_updates:
             common.check_finite(env_step, f"{output}.npz", policy)
-            returns = [episode_return for _, episode_return in envs.finished]
-            envs.finished.clear()
-            mean_return = float(np.mean(returns)) if returns else float("nan")
-            point = dict(env_steps=env_step, returns=mean_return, episodes=len(returns))
-            curve = {name: [*curve[name], value] for name, value in point.items()}
+            mean_return, episodes = common.pop_ended(envs)
+            curve["env_steps"].append(env_step)
+            curve["returns"].append(mean_return)
+            curve["episodes"].append(episodes)
+            point = {name: values[-1] for name, values in curve.items()}
             std = policy.log_std.exp().mean()
-            log.write(**point, std=std, loss=loss, decoder_r2=decoder_r2)
-            more = dict(curve=curve, z_seen=z_seen, actions_seen=actions_seen)
-            common.save_state(state, args, env_step, parts, made_from=stamp, **more)
+            log.write(**point, std=std, loss=loss, decoder_r2=decoder.r2)
+            state = dict(made_from=made_from, curve=curve)
+            common.save_state(f"{output}_state.pt", args, env_step, parts, **state)
     log.bar.close()
     envs.close()
-    arrays = curve | dict(mean_return=play(lambda obs: look(obs)[2].mean, settings, args, device))
-    common.save_npz(f"{output}.npz", settings | asdict(args) | dict(resume=False), **arrays)
-    plot_all_methods(run, args.game, f"{output}.png", settings)
-    references = "expert {expert_return:.1f}, random actions {random_return:.1f}".format(**settings)
-    print(f"{args.method}: return of the mean action {arrays['mean_return']:.1f} ({references})")
-    print(f"results: {output}.npz, .png, .csv")
+
+    # --- the Gaussian's mean plays whole episodes
+    def mean_action(obs):
+        distribution, _ = policy(*encode(obs))
+        return distribution.mean
+
+    curve["mean_return"] = play(mean_action, recording, args, device)
+    save_results(output, args, recording, curve)
+    print(f"{args.method}: return of the mean action {curve['mean_return']:.1f}")
+    print(f"results: {output}.npz, .png and .csv")
+    common.print_next("-m continuous_control.visualize_dmc", args)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    common.run(main, Args)

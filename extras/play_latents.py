@@ -1,101 +1,138 @@
-"""Play a latent world: keys choose latent actions, the FDM draws what follows, in a browser.
+"""Play the latent actions, in a browser: each key is one, and the FDM predicts what follows.
 
-Keys 1 to 9 are the middles of nine k-means clusters of held-out latents, largest first. Beside the
-FDM's open-loop rollout the real game, if there are labels and Procgen is installed, starts a new
-episode at each R and takes the cluster's most frequent true action. The page loads nothing from
-elsewhere.
+Keys 1 to 9 are the medoids of nine k-means clusters of held-out latents, largest first. Beside the
+FDM's open-loop rollout, the real game, if there are labels and Procgen is installed, takes the
+cluster's most frequent true action. With stages 2 and 3 done, key P lets the latent policy play the
+real game by itself. The page loads nothing from elsewhere.
 
 reads   runs/<game>/latent_dynamics.pt, test/latents_NNN.npz, data/<game>/test/frames_NNN.npz and,
-        if there, labels_NNN.npz
+        if there, labels_NNN.npz, runs/<game>/latent_policy.pt and decode_offline.pt
 
-python play_latents.py --game miner    # over SSH: ssh -L 8000:localhost:8000 host
+python -m extras.play_latents --game miner    # over SSH: ssh -L 8000:localhost:8000 host
 """
 
 import base64
+import contextlib
 import importlib.util
+import io
 import json
 import threading
-import time
-import warnings
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import common  # before torch
 import numpy as np
 import torch
-import tyro
-from train_latent_dynamics import FDM, EMAVectorQuantizer, NoQuantizer
-from visualize_latents import medoids, rollout
+from PIL import Image
+
+from decode_offline import ActionDecoder, load_policy, sample_actions
+from extras.rollouts import cluster_latents, load_dynamics, rollout
 
 PAGE = """<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><title>LAPO: play the latent actions</title>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>LAPO: play the latent actions</title>
 <link rel="icon" href="data:,">
 <style>
-  body { font: 16px sans-serif; margin: 2em; } canvas { image-rendering: pixelated; }
-  figure { display: inline-block; margin: 0 1.5em 1em 0; } figcaption { margin-top: .3em; }
-  .big { width: 320px; height: 320px; } button { font: inherit; margin: 0 .6em .6em 0; }
-  [hidden] { display: none !important; }
-  button canvas { width: 64px; height: 64px; margin: 3px; } .on { outline: 3px solid #d33; }
+  body { font: 16px/1.4 sans-serif; max-width: 60em; margin: 1.5em; }
+  img { image-rendering: pixelated; }
+  figure { display: inline-block; margin: 0 1.5em 0 0; }
+  figure img { width: 320px; height: 320px; background: #ddd; }
+  button { font: inherit; margin: 0 0.5em 0.5em 0; }
+  button img { width: 64px; height: 64px; margin: 3px; }
+  button.on { outline: 3px solid #d33; }
+  .no-game .game, .no-policy .policy { display: none; }
 </style>
-<figure><canvas class="big" id="dream"></canvas><figcaption>the FDM, open loop</figcaption></figure>
-<figure><canvas class="big" id="real"></canvas><figcaption>the real game</figcaption></figure>
-<p id="numbers"></p><div id="keys"></div>
-<p>1 to 9: a latent action (o<sub>t</sub> and o<sub>t+1</sub> of a frame that had it);
-space: repeat; R: start from another frame.</p>
+</head>
+<body>
+<h1>LAPO: the latent actions of <span id="name"></span></h1>
+<p>
+  Left: the FDM predicts frame after frame from its own predictions, given the latent action of the
+  key that you press.
+  <span class="game">Right: the real game, with the true action that is most frequent in that
+  cluster.</span>
+</p>
+<figure><img id="predicted" alt=""><figcaption>predicted by the FDM</figcaption></figure>
+<figure class="game"><img id="real" alt=""><figcaption>the real game</figcaption></figure>
+<p id="status"></p>
+<ul>
+  <li><b>1 to 9</b>, or a click below, take a latent action. Its button shows a pair of held-out
+    frames that had it, o<sub>t</sub> and o<sub>t+1</sub>. The latents are medoids of k-means
+    clusters, found without labels; the percentages are a cluster's size<span class="game"> and the
+    true actions in it</span>.</li>
+  <li><b>R</b> starts again from real frames. Press it when the left picture blurs: after some
+    steps, the errors of the predictions have added up.</li>
+  <li class="policy"><b>P</b> lets the latent policy play the real game by itself, until you press
+    P again: z = policy(o<sub>t</sub>), action = decoder(z). Left is then what the FDM predicts one
+    step ahead from the real frames, given z.</li>
+</ul>
+<div id="keys"></div>
 <script>
 const get = id => document.getElementById(id);
-let last = 1, busy = false;
-function draw(canvas, rgb, size) {
-  const bytes = Uint8Array.from(atob(rgb), c => c.charCodeAt(0));
-  canvas.width = canvas.height = size;
-  const image = new ImageData(size, size);
-  for (let i = 0; i < size * size; i++) {
-    image.data.set(bytes.subarray(3 * i, 3 * i + 3), 4 * i);
-    image.data[4 * i + 3] = 255;
-  }
-  canvas.getContext("2d").putImageData(image, 0, 0);
+let timer = null;  // of the latent policy's steps, while it plays
+let waiting = false;  // for the server's answer
+
+function show(state) {
+  get("predicted").src = state.predicted;
+  if (state.real) get("real").src = state.real;
+  get("status").textContent = state.status;
 }
-function show(s) {
-  draw(get("dream"), s.dream, s.size);
-  get("real").parentNode.hidden = s.real === null;
-  if (s.real !== null) draw(get("real"), s.real, s.size);
-  get("numbers").textContent = `step ${s.step}` +
-    (s.step ? `, FDM ${s.milliseconds.toFixed(1)} ms` : "") +
-    (s.step ? ` (${(1000 / s.milliseconds).toFixed(0)} frames/s)` : "") +
-    (s.mse === null ? "" : `, mse to the real game ${s.mse.toFixed(4)}`) +
-    (s.ended ? ", the real game has ended: R" : "");
-}
-async function send(message) {
-  if (busy) return;
-  busy = true;
+
+async function send(key) {
+  if (waiting) return;
+  waiting = true;
   try {
-    const answer = await fetch("/step", {method: "POST", body: JSON.stringify(message)});
+    const answer = await fetch("/press/" + key, {method: "POST"});
     show(await answer.json());
-  } finally { busy = false; }
-}
-function press(key) {
-  last = key;
-  for (const [i, b] of [...get("keys").children].entries()) b.className = i + 1 === key ? "on" : "";
-  send({key});
-}
-document.addEventListener("keydown", event => {
-  const key = Number(event.key);
-  if (event.key === " ") { event.preventDefault(); press(last); }
-  else if (event.key.toLowerCase() === "r") send({key: 0});
-  else if (key >= 1 && key <= get("keys").children.length) press(key);
-});
-fetch("/keys").then(answer => answer.json()).then(keys => {
-  for (const [i, key] of keys.entries()) {
-    const button = document.createElement("button");
-    for (const rgb of key.frames)
-      draw(button.appendChild(document.createElement("canvas")), rgb, key.size);
-    button.append(document.createElement("br"), `${i + 1}: ${key.text}`);
-    button.onclick = () => press(i + 1);
-    get("keys").append(button);
+  } catch {
+    get("status").textContent = "no answer: has the script ended?";
   }
-  send({key: 0});
-});
-</script></html>"""
+  waiting = false;
+}
+
+function press(key) {
+  const buttons = [...get("keys").children];
+  const wasPlaying = timer !== null;
+  clearInterval(timer);
+  timer = null;
+  for (const button of buttons) button.className = button.id === "key" + key ? "on" : "";
+  if (key !== "p") send(key);
+  else if (!wasPlaying) timer = setInterval(() => send("p"), 200);
+}
+
+function addButton(key, frames, text) {
+  const button = document.createElement("button");
+  button.id = "key" + key;
+  for (const frame of frames) {
+    const img = document.createElement("img");
+    img.src = frame;
+    button.append(img);
+  }
+  button.append(document.createElement("br"), key + ": " + text);
+  button.onclick = () => press(key);
+  get("keys").append(button);
+}
+
+async function start() {
+  const world = await (await fetch("/world")).json();
+  get("name").textContent = world.game;
+  document.body.classList.toggle("no-game", !world.has_game);
+  document.body.classList.toggle("no-policy", !world.has_policy);
+  world.latents.forEach((latent, i) => addButton(String(i + 1), latent.frames, latent.text));
+  document.addEventListener("keydown", event => {
+    const key = event.key.toLowerCase();
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (key === "r" || world.latents[key - 1]) press(key);
+    if (key === "p" && world.has_policy && !event.repeat) press(key);
+  });
+  send("r");
+}
+
+start();
+</script>
+</body>
+</html>"""
 
 
 @dataclass
@@ -104,92 +141,148 @@ class Args(common.RunArgs):
     """Of the page, on 127.0.0.1 only."""
 
 
-def encode(frame):
-    """uint8 [S, S, 3] -> base64 of its bytes"""
-    return base64.b64encode(np.ascontiguousarray(frame).tobytes()).decode()
+def picture(frame):
+    """uint8 [S, S, 3] -> a PNG as data URL"""
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def describe(fraction, action_fractions):
+    """A cluster in words: its fraction of all latents, and its two most frequent true actions."""
+    text = f"{fraction:.0%} of frames"
+    if action_fractions is not None:
+        for action in np.argsort(-action_fractions, kind="stable")[:2]:
+            if action_fractions[action] > 0:
+                text += f", {action_fractions[action]:.0%} {common.ACTIONS[action]}"
+    return text
+
+
+def load_player(run, game, dynamics_id, device):
+    """The latent policy and the decoder of most labels; None and None if they are missing or of
+    another run of stage 1.
+    """
+    path = run / "decode_offline.pt"
+    if not path.exists() or not (run / "latent_policy.pt").exists():
+        return None, None
+    policy_checkpoint, policy = load_policy(run, game, device)
+    decoded = common.load_checkpoint(path, "decode_offline", game)
+    if {policy_checkpoint["dynamics_id"], decoded["dynamics_id"]} != {dynamics_id}:
+        print("no key P: latent policy or decoder is of another run of stage 1")
+        return None, None
+    decoder = ActionDecoder(policy_checkpoint["config"]["z_dim"])
+    decoder.load_state_dict(decoded["decoders"][np.argmax(decoded["labels"])])
+    return policy, decoder.to(device)
 
 
 class World:
-    """The FDM's world and, if there is one, the real game, started from the same frames."""
+    """What the page shows: the FDM's rollout and, if there is one, the real game."""
 
     def __init__(self, args):
-        device, self.rng = common.pick_device(args.device), np.random.default_rng(args.seed)
-        path = args.runs_dir / args.game / "latent_dynamics.pt"
-        saved = common.load_checkpoint(path, "latent_dynamics", args.game)
-        self.size, self.k, vq = saved["frame_size"], saved["context"], saved["vq_sizes"]
-        self.fdm = FDM(
-            self.size, self.k, saved["z_dim"], saved["fdm_width"], saved["predict_change"]
-        )
-        quantizer = EMAVectorQuantizer(*vq, decay=1.0) if vq else NoQuantizer()
-        for name, module in dict(fdm=self.fdm, quantizer=quantizer).items():
-            module.load_state_dict(saved[name])
-            module.to(device).eval()
+        device = common.pick_device(args)
+        self.game = args.game
+        self.names = [common.ACTIONS[i] for i in common.distinct_actions(args.game)]
+        checkpoint, self.quantizer, self.fdm = load_dynamics(args, device)
+        clusters = cluster_latents(args, checkpoint, self.quantizer, 9, device)
+        self.z_q = clusters.z_q
+        self.windows = clusters.windows
+        self.latents = []  # for the page
+        self.actions = []  # the most frequent true action in each cluster
+        for i, window in enumerate(clusters.windows.cpu().numpy()):
+            action_fractions = None
+            if clusters.action_fractions is not None:
+                action_fractions = clusters.action_fractions[i]
+                self.actions.append(int(action_fractions.argmax()))
+            text = describe(clusters.fractions[i], action_fractions)
+            self.latents.append(dict(frames=[picture(frame) for frame in window[-2:]], text=text))
 
-        store = common.FrameStore(args, "test", self.k, device, saved["fingerprint"])
-        if store.frame_size != self.size:
-            common.fail(f"stage 1 was trained on frames of {self.size}, not {store.frame_size}")
-        rows = store.draw(4096).sort()[0].unique()
-        self.windows, z_q = store.windows_at(rows), quantizer(store.z_at(rows))[0]
-        middle, cluster = medoids(z_q.cpu().numpy(), min(9, len(z_q)), args.seed)
-        self.z_q, self.keys = z_q[middle], []
-        actions = common.true_actions_to_report_on(store, rows)
-        if args.game not in common.GAMES:
-            actions = None  # only Procgen's actions have names
-        self.actions = None if actions is None else []
-        for i, row in enumerate(middle):
-            inside = cluster == i
-            text = f"{inside.mean():.0%} of frames"
-            if actions is not None:
-                share = np.bincount(actions[inside], minlength=2) / inside.sum()
-                most, second = (int(a) for a in np.argsort(-share, kind="stable")[:2])
-                self.actions.append(most)
-                text += f": {common.ACTIONS[most]} {share[most]:.0%}"
-                if share[second]:
-                    text += f", {common.ACTIONS[second]} {share[second]:.0%}"
-            frames = [encode(frame) for frame in self.windows[row, -2:].cpu().numpy()]
-            self.keys.append(dict(frames=frames, size=self.size, text=text))
         self.envs = None
-        if actions is not None and importlib.util.find_spec("procgen"):
-            self.envs = common.ProcgenEnvs(store.settings, 1, args.seed)
+        self.policy = None
+        if self.actions and importlib.util.find_spec("procgen"):
+            self.envs = common.ProcgenEnvs(checkpoint["recording"], 1, args.seed)
+            run = args.runs_dir / args.game
+            player = load_player(run, args.game, checkpoint["dynamics_id"], device)
+            self.policy, self.decoder = player
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.rng = np.random.default_rng(args.seed)
+        self.keys = ["r", *(str(i + 1) for i in range(len(self.latents)))]
+        if self.policy:
+            self.keys.append("p")
+        self.restart()
+
+    def restart(self):
+        """Both sides start from the same frames: an episode's, or a window's without a game."""
+        self.num_steps = 0
+        self.action = None  # the last one of the real game
+        self.episode_return = 0.0
+        self.ended = False
+        if self.envs:
+            self.envs.step(np.array([common.RESET]))
+            frames = [self.envs.obs[0]]
+            while len(frames) < self.windows.shape[1] - 1:  # as many as the FDM needs
+                self.envs.step(np.array([common.NOOP]))
+                frames.append(self.envs.obs[0])
+            self.real = torch.from_numpy(np.stack(frames))[None].to(self.z_q.device)
+            self.past = self.real  # uint8 (1, k + 1, S, S, 3)
+        else:
+            row = self.rng.integers(len(self.windows))
+            self.past = self.windows[row : row + 1, :-1]
+
+    def step(self, z_q, action):
+        """One latent action z_q (1, Z) for the FDM, and one true action for the real game."""
+        predicted = rollout(self.fdm, self.past, z_q, 1)[:, -1:]
+        self.past = torch.cat([self.past[:, 1:], predicted], 1)
+        self.num_steps += 1
+        if self.envs and not self.ended:
+            obs, reward, done = self.envs.step(np.array([action]))
+            self.action = action
+            self.episode_return += float(reward[0])
+            self.ended = bool(done[0])
+            if not self.ended:  # else obs opens the next episode, and the last frame stays
+                frame = torch.from_numpy(obs)[:, None].to(self.real.device)
+                self.real = torch.cat([self.real[:, 1:], frame], 1)
 
     @torch.no_grad()
-    def step(self, key):
-        """key: 0 starts again, 1 .. M takes a latent action. Returns what the page shows."""
-        start = time.perf_counter()
-        if key == 0:
-            self.steps, self.ended = 0, False
-            if self.envs:  # -1 ends the episode; then as many frames as the FDM needs
-                frames = [self.envs.step(np.array([a]))[0][0] for a in [-1] + [4] * self.k]
-                self.past = torch.from_numpy(np.stack(frames))[None].to(self.z_q.device)
-            else:
-                row = int(self.rng.integers(len(self.windows)))
-                self.past = self.windows[row : row + 1, :-1]
+    def press(self, key):
+        """key: one of self.keys. Returns what the page shows."""
+        if key == "r" or (key == "p" and self.ended):
+            self.restart()
+        elif key == "p":
+            # the latent policy acts on the real frame; the FDM predicts one step from real frames
+            z = self.policy(self.real[:, -1])
+            action = sample_actions(self.decoder(z), self.generator)
+            z_q, _, _ = self.quantizer(z)
+            self.past = self.real
+            self.step(z_q, int(action))
         else:
-            self.steps += 1
-            after = rollout(self.fdm, self.past, self.z_q[key - 1 : key], 1)[:, -1:]
-            self.past = torch.cat([self.past[:, 1:], after], 1)
-        dream = self.past[0, -1].cpu().numpy()  # waits for a GPU
-        milliseconds = 1000 * (time.perf_counter() - start)
-        if self.envs and not self.ended:
-            if key:
-                self.ended = bool(self.envs.step(np.array([self.actions[key - 1]]))[2][0])
-            if not self.ended:  # else obs opens the next episode, and the last frame stays
-                self.real = self.envs.obs[0]
-        real = self.real if self.envs else None
-        alive = real is not None and not self.ended
-        mse = float(((dream / 255 - real / 255) ** 2).mean()) if alive else None
-        return dict(
-            dream=encode(dream), real=None if real is None else encode(real), size=self.size,
-            step=self.steps, milliseconds=milliseconds, mse=mse, ended=self.ended,
-        )  # fmt: skip
+            i = int(key) - 1
+            self.step(self.z_q[i : i + 1], self.actions[i] if self.envs else None)
+        return self.state()
+
+    def state(self):
+        """Both pictures, and a line about them."""
+        predicted = self.past[0, -1].cpu().numpy()
+        if not self.envs:
+            return dict(predicted=picture(predicted), real=None, status=f"step {self.num_steps}")
+        real = self.real[0, -1].cpu().numpy()
+        mse = ((predicted / 255 - real / 255) ** 2).mean()
+        facts = [f"step {self.num_steps}", f"return {self.episode_return:g}"]
+        if self.action is not None:
+            facts.append(f"true action: {self.names[self.action]}")
+        facts.append("the real game has ended: R" if self.ended else f"mse {mse:.4f}")
+        return dict(predicted=picture(predicted), real=picture(real), status=", ".join(facts))
 
 
 def make_server(world, port):
     lock = threading.Lock()
+    description = dict(
+        game=world.game,
+        latents=world.latents,
+        has_game=world.envs is not None,
+        has_policy=world.policy is not None,
+    )
 
     class Handler(BaseHTTPRequestHandler):
-        timeout = 5  # seconds to wait for the rest of a request
-
         def answer(self, status, content, kind="application/json"):
             body = content.encode()
             self.send_response(status)
@@ -200,25 +293,18 @@ def make_server(world, port):
 
         def do_GET(self):
             if self.path == "/":
-                return self.answer(200, PAGE, "text/html")
-            if self.path == "/keys":
-                return self.answer(200, json.dumps(world.keys))
-            self.answer(400, "{}")
+                self.answer(200, PAGE, "text/html")
+            elif self.path == "/world":
+                self.answer(200, json.dumps(description))
+            else:
+                self.answer(404, "{}")
 
         def do_POST(self):
-            try:
-                length = int(self.headers.get("Content-Length", 0))
-                body = self.rfile.read(length) if 0 < length < 1000 else b""
-                key = json.loads(body)["key"] if len(body) == length else None
-                if self.path != "/step" or type(key) is not int or not 0 <= key <= len(world.keys):
-                    raise ValueError
-            except (ValueError, KeyError, TypeError, RecursionError):
-                return self.answer(400, "{}")
+            key = self.path.removeprefix("/press/")
+            if f"/press/{key}" != self.path or key not in world.keys:
+                return self.answer(404, "{}")
             with lock:
-                self.answer(200, json.dumps(world.step(key)))
-
-        def send_error(self, *_):  # other methods, malformed requests
-            self.answer(400, "{}")
+                self.answer(200, json.dumps(world.press(key)))
 
         def log_message(self, *_):
             pass
@@ -227,19 +313,15 @@ def make_server(world, port):
 
 
 def main(args):
-    warnings.filterwarnings("ignore", module="sklearn")  # fewer clusters than keys
     world = World(args)
-    world.step(0)
     try:
         server = make_server(world, args.port)
     except (OSError, OverflowError) as error:
         common.fail(f"--port {args.port} is not usable ({error})")
     print(f"play {args.game}: http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
-    except KeyboardInterrupt:
-        server.server_close()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    common.run(main, Args)

@@ -14,7 +14,11 @@ sys.path.insert(0, str(ROOT))
 import common
 import torch
 
+import train_latent_dynamics
+
 torch.set_num_threads(1)  # networks this small lose time by sharing work between threads
+
+train_latent_dynamics.TEST_WINDOWS = 1024  # in an evaluation; 4096 take most of a test's time
 
 MOVES = np.array([(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0)])  # (y, x): stay, left, right, up, down
 
@@ -73,6 +77,7 @@ TINY = {
     "collect_data": dict(
         game="bigfish", frame_size=16, expert_multiplier=0.25, num_envs=4, rollout_steps=32,
         minibatches=2, expert_steps=256, train_frames=200, test_frames=60, random_frames=60,
+        eval_episodes=1, log_every_steps=256,
     ),
     "train_latent_dynamics": TRAIN | dict(fdm_width=4, lr=1e-3, warmup_steps=1),
     "train_latent_bc": TRAIN | dict(lr=1e-3, warmup_steps=1),
@@ -83,8 +88,8 @@ TINY = {
     "decode_online_ppo": dict(
         num_envs=8, rollout_steps=16, env_steps=2048, minibatches=4, log_every_steps=1024,
         action_lr_ramp=(256, 512, 0.25), value_lr_ramp=(128, 512, 0.25),
-        hidden_lr_ramp=(512, 1024, 0.1), refit_from=256, refit_each_until=640, refit_every=4,
-        refit_until=1600, refit_batch_size=64,
+        hidden_lr_ramp=(512, 1024, 0.1), refit_start=256, refit_dense_until=640, refit_interval=4,
+        refit_stop=1600, refit_batch_size=64, eval_episodes=2,
     ),
 }  # fmt: skip
 

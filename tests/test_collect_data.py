@@ -35,10 +35,15 @@ def test_gae_against_sums_of_discounted_deltas():
 def ppo(ratio=(1.0, 1.0), advantage=(1.0, -1.0), value=(0.0, 0.0), target=(0.0, 0.0)):
     """Loss and metrics of two steps; the policy is uniform, and the old values are 0."""
     old_logprob = -torch.log(torch.tensor(15.0)) - torch.tensor(ratio).log()
-    value, advantage, target = map(torch.tensor, (value, advantage, target))
-    steps = value, torch.tensor([3, 4]), old_logprob, torch.zeros(2), advantage, target
+    batch = dict(
+        actions=torch.tensor([3, 4]),
+        logprobs=old_logprob,
+        values=torch.zeros(2),
+        advantages=torch.tensor(advantage),
+        targets=torch.tensor(target),
+    )
     args = collect_data.Args(clip=0.2, value_coef=0.5, entropy_coef=0.01)
-    return collect_data.ppo_loss(torch.zeros(2, 15), *steps, args)
+    return collect_data.ppo_loss(torch.zeros(2, 15), torch.tensor(value), batch, args)
 
 
 def test_ppos_policy_loss_by_hand():
@@ -83,12 +88,13 @@ def test_rewards_values_and_dones_belong_together(tmp_path, toy_games, record_ca
 def test_no_two_sets_of_games_have_the_same_seed(tmp_path, record_calls):
     made = record_calls(common, "ProcgenEnvs")
     run(collect_data, tmp_path, expert_steps=128)
-    seeds = [seed for _, _, seed in made]  # training, evaluation, three splits
-    assert len(seeds) == len(set(seeds)) == 5
+    seeds = [seed for _, _, seed in made]  # training, its evaluation, mean return, three splits
+    assert len(seeds) == len(set(seeds)) == 6
 
 
 def test_ppo_learns_to_read_the_frame(tmp_path, toy_games):
     flags = dict(num_envs=16, expert_steps=16 * 32 * 12, expert_lr=2e-3, gamma=0.5)
+    flags["log_every_steps"] = 2560
     run(collect_data, tmp_path, **flags, train_frames=0)
     rows = list(csv.DictReader((tmp_path / "runs/bigfish/expert.csv").open()))
     first, last = float(rows[0]["mean_return"]), float(rows[-1]["mean_return"])
@@ -149,8 +155,9 @@ def test_frames_that_are_there_are_not_replaced_unless_asked(recorded, tmp_path)
     before = contents(recorded)
     assert "--overwrite" in fails(run, collect_data, recorded)
     run(collect_data, recorded, resume=True)  # complete: nothing to do
-    assert "another seed" in fails(run, collect_data, recorded, resume=True, seed=2)
-    assert "another num_frames" in fails(run, collect_data, recorded, resume=True, train_frames=999)
+    assert "with seed 1, not 2" in fails(run, collect_data, recorded, resume=True, seed=2)
+    other = fails(run, collect_data, recorded, resume=True, train_frames=999)
+    assert "with num_frames 200, not 999" in other
     assert before == contents(recorded)
     part = tmp_path / "data/bigfish/train.part"
     part.mkdir(parents=True)  # of a run that was killed
@@ -183,11 +190,16 @@ def test_the_solver_plays(game, at_least):
     each ship of the panel's color (random play: 4.3).
     """
     settings = dict(game=game, frame_size=64, plain=True)
-    envs = common.ProcgenEnvs(settings, 32, seed=1)
-    assert common.evaluate(envs, Solver(game, 1), 1).mean() > at_least
+    envs = common.ProcgenEnvs(settings, 16, seed=1)
+    assert common.play_episodes(envs, Solver(game, 1), 1).mean() > at_least
 
 
-def test_the_solver_acts_for_the_same_games_in_default_pictures(tmp_path):
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    monkeypatch.setattr(common, "play_episodes", lambda envs, act, episodes: np.zeros(1))
+
+
+def test_the_solver_acts_for_the_same_games_in_default_pictures(tmp_path, no_evaluation):
     """It reads a plain twin; the frames are those of the default pictures, with its actions."""
     flags = dict(game="maze", solver=True, num_envs=8, train_frames=800)
     run(collect_data, tmp_path, frame_size=64, **flags)
@@ -209,9 +221,9 @@ def test_the_solver_acts_for_the_same_games_in_default_pictures(tmp_path):
     assert 0.85 < np.mean(agreed) < 0.97  # a tenth of the actions is random
 
 
-def test_games_that_differ_in_plain_pictures_end_the_recording(tmp_path):
+def test_games_that_differ_in_plain_pictures_end_the_recording(tmp_path, no_evaluation):
     """The size of bigfish depends on the theme."""
-    flags = dict(game="bigfish", solver=True, num_envs=16, train_frames=16_000)
+    flags = dict(game="bigfish", solver=True, num_envs=16, train_frames=3200)
     assert "--one-theme" in fails(run, collect_data, tmp_path, **flags)
     assert not (tmp_path / "data/bigfish/train").exists()
     run(collect_data, tmp_path, one_theme=True, **flags)

@@ -11,6 +11,7 @@ BASELINES = {path.name: path.read_text() for path in sorted((ROOT / "baselines")
 OWN = {
     "Args": "each script has its own flags; those of one name are compared one by one",
     "main": "each script has its own loop",
+    "ppo_update": "the expert sees frames, the online policy features and the decoder's logits",
     "evaluate": "stages 1 and 2 report other metrics; common's plays games",
     "fit_decoder": "offline for a number of updates, online for passes over all transitions",
 }

@@ -69,7 +69,7 @@ def test_standardized_latents_have_the_loss_of_their_own_scale(root):
 
 def test_a_stage_that_comes_too_early_or_from_another_run(root):
     dynamics, policy = (root / f"runs/maze/latent_{name}.pt" for name in ("dynamics", "policy"))
-    common.save_checkpoint(dynamics, **load(dynamics) | dict(fingerprint="other"))
+    common.save_checkpoint(dynamics, **load(dynamics) | dict(dynamics_id="other"))
     assert "another run of stage 1" in fails(run, stage2, root)
     assert "another run of stage 1 than latent_policy.pt" in fails(run, online, root)
     policy.unlink(), dynamics.unlink()
@@ -125,7 +125,7 @@ def test_decoders_are_fitted_on_n_training_rows_and_judged_on_held_out_ones(
 
 def test_labels_belong_to_their_latents(root):
     """The action at frame i goes with z_i; rows without a window have neither."""
-    dynamics = load(root / "runs/maze/latent_policy.pt")["dynamics"]
+    dynamics = load(root / "runs/maze/latent_policy.pt")["dynamics_id"]
     folders = (root / "data/maze/train", root / "runs/maze/train")
     z, actions = offline.load_labelled(*folders, dynamics)
     expected = []
@@ -168,7 +168,8 @@ def test_the_decoder_learns_a_known_code():
     z = F.one_hot(actions, 16) * 3.0 + 50 + noise  # far from 0: standardized
 
     def accuracy_after_fit(epochs):
-        args = online.Args(refit_epochs=epochs, refit_batch_size=128)
+        args = online.Args(refit_batch_size=128)
+        args.refit_epochs = epochs
         online.fit_decoder(decoder, z[:5000].half(), actions[:5000], args, generator)
         return (decoder(z[5000:]).argmax(1) == actions[5000:]).float().mean()
 
@@ -179,7 +180,7 @@ def test_the_decoder_learns_a_known_code():
 class TellingIDM(torch.nn.Module):
     """z: episode, step and game of each frame of a window, and the action that led to its last."""
 
-    def __init__(self, *sizes):
+    def __init__(self, **sizes):
         super().__init__()
         self.unused = torch.nn.Linear(1, 1)
 
@@ -201,7 +202,7 @@ def test_every_transition_reaches_the_decoder_once_with_its_action(
 ):
     monkeypatch.setattr(online, "IDM", TellingIDM)
     fits = record_calls(online, "fit_decoder")
-    steps = dict(env_steps=8 * 48, refit_from=8 * 32, refit_each_until=8 * 32, refit_until=8 * 32)
+    steps = dict(env_steps=8 * 48, refit_start=8 * 32, refit_dense_until=8 * 32, refit_stop=8 * 32)
     run(online, root, **steps, **lr_ramps(0, 16, 0.1), log_every_steps=128)
     ((_, z, actions, *_),) = fits  # after 32 of 48 steps of each game, and then no more
     episode, step, env, last_action = z[:, :10].long().split([3, 3, 3, 1], 1)
@@ -250,7 +251,7 @@ def test_rewards_meet_their_dones_and_parts_their_learning_rates(
             assert rate == pytest.approx(online.learning_rate(before, ramp, 0.01, 2048))
         assert found.keys() == {"action", "value", "hidden"}
     rows = list(csv.DictReader((root / "runs/maze/decode_online_rl_sl.csv").open()))
-    assert [row["env_steps"] for row in rows] == ["1024", "2048"]
+    assert [row["env_step"] for row in rows] == ["1024", "2048"]
     assert 0 <= float(rows[1]["decoder_accuracy"]) <= 1
 
 
@@ -282,7 +283,7 @@ def test_the_decoder_alone_steers(root, toy_games, monkeypatch):
     checkpoint["policy"]["head.weight"] *= 0
     checkpoint["policy"]["head.bias"] = F.one_hot(torch.tensor(7), 128).float()
     common.save_checkpoint(path, **checkpoint)
-    refit = dict(refit_from=1024, refit_each_until=1024, refit_until=1024, refit_epochs=20)
+    refit = dict(refit_start=1024, refit_dense_until=1024, refit_stop=1024, refit_epochs=20)
     run(online, root, **lr_ramps(2040, 2047, 0.1), **refit)
     returns = load(root / "runs/maze/decode_online_rl_sl.npz")["returns"]
     # the silent head halves the logits: 0.95 becomes about 0.5

@@ -1,7 +1,6 @@
 """A run that is killed and resumed ends with the same bytes as one that was not."""
 
 import os
-import select
 import shutil
 import signal
 from pathlib import Path
@@ -19,13 +18,10 @@ import train_latent_dynamics as stage1
 
 def run_and_kill(script, args, updates_after_the_save):
     """Runs main() in a child process that SIGKILLs itself some updates after its first save."""
-    read_end, write_end = os.pipe()  # the child's own worker processes hold its end, too
     if child := os.fork():
-        os.close(write_end)
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        assert select.select([read_end], [], [], 60)[0], "worker processes outlive the run"
-        return os.close(read_end)
+        return
     save_state, backward = common.save_state, torch.Tensor.backward
     counts = dict(saves=0, updates=0)
 
@@ -50,7 +46,7 @@ CASES = {  # script: its flags, updates between save and kill, a file that it ma
     stage1: (dict(grad_steps=6), 1, "latents_001.npz"),
     stage2: (dict(grad_steps=6), 1, "latent_policy.pt"),
     ilpo: (dict(grad_steps=6, runs_dir=Path("runs/ilpo")), 1, "latent_policy.pt"),
-    online: (dict(env_steps=1536, log_every_steps=512, refit_until=1100), 30, "rl_sl.npz"),
+    online: (dict(env_steps=1536, log_every_steps=512, refit_stop=1100), 30, "rl_sl.npz"),
     collect_data: (dict(expert_steps=12 * 128, train_frames=0), 9, "experts/bigfish.pt"),
 }
 
@@ -75,12 +71,6 @@ def test_a_killed_run_ends_as_one_that_was_not(chain, tmp_path, monkeypatch, scr
     assert [path for path in whole if whole[path] != killed[path]] == []
 
 
-def test_readers_die_with_a_killed_run(chain, tmp_path):
-    """A shard is larger than a pipe holds, so a reader waits until somebody takes it."""
-    shutil.copytree(chain, tmp_path / "chain")
-    run_and_kill(stage2, args_of(stage2, tmp_path / "chain", pool_frames=1, grad_steps=99), 1)
-
-
 def test_a_finished_run_is_not_trained_again_and_another_seed_is_refused(root):
     path = root / "runs/maze/latent_policy.pt"
     before = path.read_bytes()
@@ -94,17 +84,17 @@ def test_a_finished_run_is_not_trained_again_and_another_seed_is_refused(root):
 def test_a_run_is_not_resumed_on_another_result_of_the_stage_before(root, toy_games):
     run(online, root, env_steps=1280)
     run(stage1, root, seed=2)
-    assert "another result of the stage before" in fails(run, stage2, root, resume=True)
+    assert "another earlier stage" in fails(run, stage2, root, resume=True)
     run(stage2, root)
-    assert "another result" in fails(run, online, root, env_steps=1280, resume=True)
+    assert "another earlier stage" in fails(run, online, root, env_steps=1280, resume=True)
 
 
-def test_frames_of_another_size_than_stage_1_saw_are_refused(root):
+def test_frames_that_were_replaced_after_stage_1_are_refused(root):
     for path in root.glob("data/maze/*/frames_*.npz"):
         frames = load(path)
         frames["obs"] = frames["obs"].repeat(2, 1).repeat(2, 2)
         common.save_npz(path, **frames)
-    assert "stage 1 saw frames of 16 pixels" in fails(run, stage2, root)
+    assert "made from other frames" in fails(run, stage2, root)
 
 
 def test_a_stage_1_that_stops_while_it_labels_again_keeps_its_latents(root, monkeypatch):

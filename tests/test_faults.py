@@ -1,0 +1,360 @@
+"""What users really do wrong: nothing is lost, nothing is mixed, and one line says what to do."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import common  # before torch
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, ToyGames, args_of, fails, load, run
+import collect_data
+import decode_offline as offline
+import decode_online_ppo as online
+import train_latent_bc as stage2
+import train_latent_dynamics as stage1
+
+
+# --- folders that are replaced --------------------------------------------------------------------
+
+
+def write(folder, overwrite=True, content="new"):
+    with common.new_folder(folder, overwrite) as part:
+        (part / "x").write_text(content)
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path):
+    big = tmp_path / "disk/big"
+    big.mkdir(parents=True)
+    (big / "x").write_text("old")
+    link = tmp_path / "train"
+    link.symlink_to(big)
+    assert "--overwrite replaces it" in fails(write, link, overwrite=False)
+    write(link)
+    assert link.is_symlink() and (big / "x").read_text() == "new"
+    assert sorted(path.name for path in big.parent.iterdir()) == [".big.lock", "big"]
+
+
+def test_a_link_to_nothing_is_followed(tmp_path):
+    link = tmp_path / "train"
+    link.symlink_to(tmp_path / "disk/not/there/yet")
+    write(link)
+    assert (tmp_path / "disk/not/there/yet/x").read_text() == "new"
+
+
+def test_a_folder_that_cannot_be_replaced_is_found_out_before_recording(tmp_path, monkeypatch):
+    """As of a mount point: it cannot be renamed."""
+    folder = tmp_path / "train"
+    write(folder, content="old")
+
+    def busy(self, target):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    recorded = []
+
+    def record():
+        with common.new_folder(folder, True):
+            recorded.append("frames")
+
+    assert "cannot be replaced" in fails(record)
+    assert recorded == [] and (folder / "x").read_text() == "old"
+
+
+def test_a_finished_recording_that_is_not_in_its_place_is_never_removed(tmp_path, monkeypatch):
+    folder = tmp_path / "train"
+    write(folder, content="old")
+    rename = Path.rename
+
+    def fail_at_the_swap(self, target):
+        if self.name == "train.complete":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_at_the_swap)
+    with pytest.raises(OSError):
+        write(folder)
+    monkeypatch.undo()
+    for _ in range(2):
+        assert "train.complete is a finished recording" in fails(write, folder)
+    assert (tmp_path / "train.complete/x").read_text() == "new"
+    assert (tmp_path / "train.old/x").read_text() == "old"
+
+
+def test_a_recording_that_fails_leaves_the_old_one(tmp_path):
+    folder = tmp_path / "train"
+    write(folder, content="old")
+    with pytest.raises(ZeroDivisionError), common.new_folder(folder, True):
+        1 / 0
+    assert (folder / "x").read_text() == "old"
+
+
+# --- two runs, one file ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script, name",
+    [
+        (stage1, "latent_dynamics.pt"),
+        (stage2, "latent_policy.pt"),
+        (offline, "decode_offline.npz"),
+        (online, "decode_online_rl_sl"),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_a_second_run_that_writes_the_same_file_exits(root, script, name):
+    before = {path: path.read_bytes() for path in root.rglob("runs/**/*.*")}
+    with open(root / f"runs/maze/.{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another run is writing" in fails(run, script, root)
+    after = {path: path.read_bytes() for path in before}
+    assert after == before
+
+
+# --- results of other data ------------------------------------------------------------------------
+
+
+def test_stage_1_does_not_resume_on_other_frames(root):
+    path = root / "data/maze/train/frames_001.npz"
+    frames = load(path)
+    common.save_npz(path, **frames | dict(obs=frames["obs"][::-1]))
+    assert "other frames" in fails(run, stage1, root, resume=True)
+
+
+# --- impossible flags -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (offline, dict(episodes=0)),
+        (offline, dict(labels=(16, 0))),
+        (offline, dict(decoder_seeds=0)),
+        (collect_data, dict(train_frames=-5)),
+        (collect_data, dict(num_envs=0)),
+        (collect_data, dict(minibatches=0)),
+        (stage1, dict(grad_steps=-1)),
+        (stage1, dict(batch_size=0)),
+        (online, dict(env_steps=0)),
+        (online, dict(eval_episodes=0)),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else x.__name__,
+)
+def test_impossible_counts_are_refused_before_any_work(root, script, flags):
+    before = {path: path.read_bytes() for path in root.rglob("*.*")}
+    (flag,) = flags
+    assert f"--{flag.replace('_', '-')}" in fails(run, script, root, **flags)
+    assert {path: path.read_bytes() for path in root.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("script", [collect_data, online], ids=lambda script: script.__name__)
+def test_no_minibatch_has_a_single_step(root, script, record_calls, toy_games):
+    """With one step, the std of its advantages is not a number. 8 x 16 steps in 43 minibatches."""
+    flags = dict(num_envs=8, rollout_steps=16, minibatches=43, epochs=1)
+    if script is collect_data:
+        flags |= dict(expert_steps=128, train_frames=0)
+    else:
+        flags |= dict(env_steps=1280)
+    losses = record_calls(script, "ppo_loss")
+    run(script, root, **flags)
+    sizes = {len(logits) for logits, *_ in losses}
+    assert sizes == {2, 3}
+    flags["minibatches"] = 65
+    assert "leaves less than 2 steps" in fails(run, script, root, **flags)
+
+
+def test_a_tilde_that_the_shell_left_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = common.RunArgs(data_dir=Path("~/x"))
+    assert args.data_dir == tmp_path / "x"
+
+
+# --- each decoder plays on the frames of its own games --------------------------------------------
+
+
+class OwnGames(ToyGames):
+    """An episode is one step, and its return the action's number; the frame shows the game's."""
+
+    def step(self, actions):
+        self.finished += list(enumerate(map(float, actions)))
+        return self.obs, None, None
+
+
+def test_each_decoder_acts_on_the_frames_of_its_own_games(root, monkeypatch):
+    """The latent is the number of the game; decoder i answers 1 where it sees one of its own."""
+
+    class ShowsGame(torch.nn.Module):
+        def __init__(self, **config):
+            super().__init__()
+
+        def load_state_dict(self, weights):
+            pass
+
+        def forward(self, obs):
+            return obs[:, 0, 1, :1].float()
+
+    class Decoder(torch.nn.Module):
+        made = []
+
+        def __init__(self, z_dim):
+            super().__init__()
+            self.mean = self.std = torch.zeros(z_dim)
+            self.index = len(self.made)
+            self.made.append(self)
+
+        def forward(self, z):
+            own = (z[:, 0] // 2 == self.index).long()  # two games for each decoder
+            return 100 * torch.eye(15)[own]
+
+    monkeypatch.setattr(common, "ProcgenEnvs", OwnGames)
+    monkeypatch.setattr(offline, "LatentPolicy", ShowsGame)
+    monkeypatch.setattr(offline, "ActionDecoder", Decoder)
+    monkeypatch.setattr(offline, "fit_decoder", lambda *arguments: None)
+    monkeypatch.setattr(common, "save_checkpoint", lambda *arguments, **content: None)
+    run(offline, root)
+    assert load(root / "runs/maze/decode_offline.npz")["returns"].tolist() == [[1, 1], [1, 1]]
+
+
+def test_online_actions_belong_to_the_frames_of_their_games(root, toy_games, record_calls):
+    """The features of step t are those of the frames of step t, game by game."""
+    rollouts = record_calls(online, "ppo_update")
+    run(online, root, method="rl", env_steps=1280, hidden_lr_ramp=(512, 1024, 0.1))
+    checkpoint = load(root / "runs/maze/latent_policy.pt")
+    policy = online.LatentPolicy(**checkpoint["config"])
+    policy.load_state_dict(checkpoint["policy"])
+    rollout = rollouts[-1][2]
+    T = len(rollout["actions"])
+    frames = rollout["frames"][-T - 1 : -1]
+    with torch.no_grad():
+        features = policy.features(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+    torch.testing.assert_close(rollout["features"], features)
+    next_frames = rollout["frames"][-T:]
+    shown = next_frames[:, :, 0, 0, 2].long()  # the last action
+    assert torch.equal(shown, rollout["actions"])
+
+
+# --- endings --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    resume: bool = False
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (KeyboardInterrupt(), "stopped; --resume continues"),
+        (OSError(errno.ENOSPC, "full", "/data/x.npz"), "No space left on device (/data/x.npz)"),
+        (OSError(errno.EROFS, "read-only"), "Read-only file system"),
+        (OSError(errno.ENOLCK, "no locks"), "No locks available"),
+        (PermissionError(errno.EACCES, "denied", "runs"), "Permission denied (runs)"),
+    ],
+    ids=str,
+)
+def test_ends_that_are_no_fault_of_the_code_give_one_line(monkeypatch, error, words):
+    def main(args):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
+    assert words in fails(common.run, main, Args)
+
+
+def test_a_fault_of_the_code_keeps_its_traceback(monkeypatch):
+    def main(args):
+        raise FileExistsError(errno.EEXIST, "there")
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
+    with pytest.raises(FileExistsError):
+        common.run(main, Args)
+
+
+def test_a_log_file_has_its_rows_while_the_run_goes_on(tmp_path):
+    """Without PYTHONUNBUFFERED, and with lines in place of a bar that is drawn again and again."""
+    code = (
+        "import common, time\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Args:\n    pass\n"
+        "def main(args):\n"
+        f"    log = common.MetricsLog({str(tmp_path / 'm.csv')!r}, 10, 'step')\n"
+        "    log.write(grad_step=1, loss=0.5)\n"
+        "    time.sleep(60)\n"
+        "common.run(main, Args)\n"
+    )
+    log = tmp_path / "log"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with open(log, "w") as file:
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=file, stderr=file, env=environment
+        )
+        while "loss 0.5" not in log.read_text() and child.poll() is None:
+            pass
+        child.send_signal(signal.SIGINT)
+        assert child.wait() == 1
+    text = log.read_text()
+    assert "grad_step 1  loss 0.5\n" in text and "\r" not in text
+    assert text.endswith("error: stopped\n")
+
+
+def test_a_damaged_csv_does_not_stop_a_sound_state(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_bytes(b"grad_step,loss\n2,0.5\n\n4,0.25\n6\n\0\0\0\n8,0.1\n")
+    common.MetricsLog(path, 10, "step", start=6)
+    assert path.read_text() == "grad_step,loss\n2,0.5\n4,0.25\n"
+
+
+def test_foreign_and_damaged_checkpoints_say_what_to_do(tmp_path):
+    path = tmp_path / "latent_policy.pt"
+    torch.save(dict(weights=torch.ones(3)), path)
+    assert "not a checkpoint of this project" in fails(
+        common.load_checkpoint, path, "latent_policy", "maze"
+    )
+    state = tmp_path / "train_latent_bc_state.pt"
+    state.write_bytes(b"half")
+    args = args_of(stage2, tmp_path, resume=True)
+    assert "leave out --resume" in fails(common.load_state, state, args, {})
+
+
+def test_bf16_without_units_for_it_is_said(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx2=True))
+    common.pick_device(args_of(stage1, tmp_path, bf16=True))
+    assert "ten times slower" in capsys.readouterr().out
+    common.pick_device(args_of(stage1, tmp_path))
+    assert capsys.readouterr().out == ""
+
+
+def test_rows_windows_and_labels_of_shards_belong_together(tmp_path):
+    """Shards of different lengths, streamed: each window's true action and latent is its own."""
+    folder = tmp_path / "maze/train"
+    number = 0
+    for shard, length in enumerate((12, 20, 7, 15)):
+        z = number + np.arange(length)
+        number += length
+        obs = np.tile(z.astype(np.uint8)[:, None, None, None], (1, 16, 16, 3))
+        first = np.arange(length) == 0
+        frames = folder / f"frames_{shard:03d}.npz"
+        common.save_npz(frames, {}, obs=obs, first=first)
+        common.save_npz(common.labels_path(frames), {}, action=(z % 10).astype(np.uint8))
+        source = dict(dynamics_id="abc", frames_id=common.frames_id([frames]))
+        latents = dict(z=z[:, None].astype(np.float16), valid=common.valid_windows(first, 1))
+        common.save_npz(folder / f"latents_{shard:03d}.npz", source, **latents)
+    args = common.RunArgs(game="maze", data_dir=tmp_path, runs_dir=tmp_path)
+    for pool_frames in (1000, 50):
+        store = common.FrameStore(args, "train", 1, torch.device("cpu"), "abc", pool_frames)
+        assert store.streams == (pool_frames == 50)
+        for _ in range(20):
+            rows = store.draw(5)
+            shown = store.frames_at(rows)[:, 0, 0, 0].long()
+            assert torch.equal(store.z_at(rows)[:, 0].long(), shown)
+            windows = store.windows_at(rows)[:, :, 0, 0, 0].long()
+            assert torch.equal(windows, shown[:, None] + torch.arange(-1, 2))
+            actions = common.true_actions_to_report_on(store, rows)
+            assert np.array_equal(actions, common.distinct_actions("maze")[shown % 10])
