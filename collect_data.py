@@ -1,4 +1,4 @@
-"""Data: train a PPO expert on a Procgen game and record its play as video (paper, section 5).
+r"""Data: train a PPO expert on a Procgen game and record its play as video (paper, section 5).
 
 The expert is PPO as in Cobbe et al. 2020; its sampled actions are recorded. Frames and labels are
 different files, so that stages 1 and 2 are action-free by construction. A small third split records
@@ -9,12 +9,12 @@ writes  otherwise experts/<game>.pt and runs/<game>/expert.csv; data/<game>/{tra
         frames_NNN.npz and labels_NNN.npz
 
 paper scale     python collect_data.py --game bigfish
-on a CPU        python collect_data.py --game miner --solver --frame-size 32
+on a CPU        python collect_data.py --game miner --solver --frame-size 32 \
                     --train-frames 262_144 --test-frames 16_384
-                python collect_data.py --game starpilot --plain --frame-size 32 --minibatches 16
+                python collect_data.py --game starpilot --plain --frame-size 32 --minibatches 16 \
                     --expert-multiplier 0.5 --expert-steps 3_000_000 --train-frames 131_072
-PPO from        python collect_data.py --game bigfish --train-frames 0 --expert-steps 4_000_000
-scratch (6.1)       --expert-multiplier 4 --runs-dir runs/scratch --experts-dir runs/scratch/experts
+from scratch    python collect_data.py --game bigfish --train-frames 0 --expert-steps 4_000_000 \
+(PPO, 6.1)          --expert-multiplier 4 --runs-dir runs/scratch --experts-dir runs/scratch/experts
 """
 
 import shutil
@@ -28,6 +28,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from experts.solvers import Solver
+
+EPISODES_PER_GAME = 4  # for the mean returns of expert and random policy
 
 
 @dataclass
@@ -180,7 +182,7 @@ def ppo_loss(logits, values, batch, args):
     advantages = (advantages - advantages.mean()) / std
     clipped_ratio = ratio.clamp(1 - args.clip, 1 + args.clip)
     policy_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
-    # of the value and the value near the old one, the worse counts
+    # the change of the value is clipped as well; the larger loss counts
     change = (values - batch["values"]).clamp(-args.clip, args.clip)
     squared = (values - batch["targets"]) ** 2
     clipped_squared = (batch["values"] + change - batch["targets"]) ** 2
@@ -238,7 +240,7 @@ def make_player(compute_logits, device, seed):
 # --- the expert -----------------------------------------------------------------------------------
 
 
-def train_expert(args, recording, device, path):
+def train_expert(args, settings, device, path):
     """Trains an ExpertPolicy with PPO; writes it, in half precision, to `path`."""
     run = args.runs_dir / args.game
     common.lock(run / "expert.csv")
@@ -246,7 +248,8 @@ def train_expert(args, recording, device, path):
     policy.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.expert_lr, eps=1e-5, fused=True)
     seed = common.derive_seed(args.seed, "train expert")
-    envs = common.ProcgenEnvs(recording, args.num_envs, seed)
+    eval_seed = common.derive_seed(args.seed, "evaluation actions")
+    envs = common.ProcgenEnvs(settings, args.num_envs, seed)
     generator = torch.Generator(device).manual_seed(seed)
     normalize_rewards = common.RewardNormalizer(args.num_envs, args.gamma)
 
@@ -260,9 +263,9 @@ def train_expert(args, recording, device, path):
     values = torch.zeros((T + 1, B), device=device)  # the last row: of the frame after the rollout
 
     num_updates = max(1, args.expert_steps // (T * B))
-    parts = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator)
-    parts["normalize_rewards"] = normalize_rewards
-    start, _ = common.load_state(run / "expert_state.pt", args, parts)
+    resumable = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator)
+    resumable["normalize_rewards"] = normalize_rewards
+    start, _ = common.load_state(run / "expert_state.pt", args, resumable)
     log = common.MetricsLog(run / "expert.csv", num_updates * T * B, "step", start)
     for update in range(start // (T * B) + 1, num_updates + 1):
         # play: sample an action from pi(o_t), step the games, scale the reward
@@ -289,32 +292,33 @@ def train_expert(args, recording, device, path):
         is_last = update == num_updates
         if env_step % args.log_every_steps < T * B or is_last:
             common.check_finite(env_step, run / "expert.pt", policy)
-            act = make_player(lambda obs: policy(obs)[0], device, seed)
-            metrics["eval_return"] = common.evaluation_returns(recording, act, args).mean()
+            act = make_player(lambda obs: policy(obs)[0], device, eval_seed)
+            metrics["eval_return"] = common.evaluation_returns(settings, act, args).mean()
             mean_return, episodes = common.pop_ended(envs)
             log.write(env_step=env_step, mean_return=mean_return, episodes=episodes, **metrics)
-            common.save_state(run / "expert_state.pt", args, env_step, parts)
             common.save_checkpoint(
                 path if is_last else run / "expert.pt",
                 kind="expert",
                 game=args.game,
                 env_step=env_step,
-                mean_return=mean_return,
-                recording=recording,
+                recording=settings,
                 multiplier=args.expert_multiplier,
                 policy={name: weight.half() for name, weight in policy.state_dict().items()},
             )
+            common.save_state(run / "expert_state.pt", args, env_step, resumable)
     log.bar.close()
+    if not path.exists():
+        common.fail(f"{path} is missing though the run is complete; leave out --resume")
 
 
-def load_expert(args, recording, device):
-    """The expert's act, see make_player(); the expert is trained first if there is none."""
+def load_expert(args, settings, device):
+    """The expert's policy; it is trained first if there is none."""
     path = args.experts_dir / f"{args.game}.pt"
     if not path.exists():
         print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps on {device}, to {path}")
-        train_expert(args, recording, device, path)
+        train_expert(args, settings, device, path)
     expert = common.load_checkpoint(path, "expert", args.game)
-    for name, value in recording.items():
+    for name, value in settings.items():
         found = expert["recording"].get(name)
         if found != value:
             common.fail(f"{path} was trained with {name} {found}, not {value}; see --experts-dir")
@@ -322,8 +326,7 @@ def load_expert(args, recording, device):
     policy.load_state_dict(expert["policy"])
     policy.to(device, memory_format=torch.channels_last).eval()
     print(f"expert: {path}, trained for {expert['env_step']:,} steps")
-    seed = common.derive_seed(args.seed, "act")
-    return make_player(lambda obs: policy(obs)[0] / args.temperature, device, seed)
+    return policy
 
 
 # --- recording ------------------------------------------------------------------------------------
@@ -339,9 +342,9 @@ def play_shards(args, recording, act, num_frames, split):
     seed = common.derive_seed(args.seed, split)
     envs = common.ProcgenEnvs(recording, args.num_envs, seed)
     solves = args.solver and split != "random"
-    twin = envs
+    plain_envs = envs
     if solves and not args.plain:
-        twin = common.ProcgenEnvs(recording | dict(plain=True), args.num_envs, seed)
+        plain_envs = common.ProcgenEnvs(recording | dict(plain=True), args.num_envs, seed)
     B, S = args.num_envs, args.frame_size
     length = -(-num_frames // B)  # of each stream
     for start in range(0, length, args.rollout_steps):
@@ -353,14 +356,15 @@ def play_shards(args, recording, act, num_frames, split):
         reward = np.zeros((B, T), np.float32)
         for t in range(T):
             obs[:, t] = envs.obs
-            acts = act(twin.rendered if solves else envs.obs)
+            acts = act(plain_envs.rendered if solves else envs.obs)
             action[:, t] = np.where(acts == common.RESET, common.NOOP, acts)
-            _, reward[:, t], done = envs.step(acts)
+            _, step_reward, done = envs.step(acts)
+            reward[:, t] = step_reward
             if t + 1 < T:
                 first[:, t + 1] = done
-            if twin is not envs:
-                _, twin_reward, twin_done = twin.step(acts)
-                if (twin_reward != reward[:, t]).any() or (twin_done != done).any():
+            if plain_envs is not envs:
+                _, plain_reward, plain_done = plain_envs.step(acts)
+                if (plain_reward != step_reward).any() or (plain_done != done).any():
                     common.fail(f"{args.game} plays differently in plain pictures; try --one-theme")
         frames = dict(obs=obs.reshape(-1, S, S, 3), first=first.reshape(-1))
         yield frames, dict(action=action.reshape(-1), reward=reward.reshape(-1))
@@ -379,19 +383,19 @@ def record(args, recording, act, num_frames, folder):
             common.save_npz(part / f"labels_{number:03d}.npz", recording, **labels)
 
         for _ in common.in_background(save, enumerate(shards)):
-            bar.update(min(shard_frames, num_frames - bar.n))
+            bar.update(shard_frames)
     bar.close()
     print(f"{folder.name}: {num_frames:,} frames in {folder}")
 
 
-def splits_to_record(args, recording):
-    """{split: (frames, recording)} of splits that are not there, or that --overwrite replaces."""
+def splits_to_record(args, settings):
+    """{split: recording} of splits that are not there, or that --overwrite replaces."""
     sizes = dict(train=args.train_frames, test=args.test_frames, random=args.random_frames)
     splits = {}
     for split, num_frames in sizes.items():
-        if num_frames == 0 or args.train_frames == 0:
+        if num_frames == 0:
             continue
-        wanted = recording | dict(
+        recording = settings | dict(
             start_level=0 if split == "train" else args.num_levels,  # the next n; 0: all levels
             split=split,
             seed=args.seed,
@@ -401,18 +405,17 @@ def splits_to_record(args, recording):
             num_frames=num_frames,
         )
         folder = args.data_dir / args.game / split
-        if folder.exists() and not args.overwrite:
-            path = common.list_shards(folder)[0]
-            _, _, found = common.read_frames(path, args.game)
-            for name, value in wanted.items():
-                if found.get(name) != value:
-                    differs = f"{name} {found.get(name)}, not {value}"
-                    common.fail(f"{folder} was recorded with {differs}; --overwrite replaces it")
-            if not args.resume:
-                common.fail(f"{folder} is there already; --overwrite replaces it")
-            print(f"{split}: {folder} is complete")
-        else:
-            splits[split] = num_frames, wanted
+        if args.overwrite or not folder.exists():
+            splits[split] = recording
+            continue
+        _, _, found = common.read_frames(common.list_shards(folder)[0], args.game)
+        for name, value in recording.items():
+            if found.get(name) != value:
+                differs = f"{name} {found.get(name)}, not {value}"
+                common.fail(f"{folder} was recorded with {differs}; --overwrite replaces it")
+        if not args.resume:
+            common.fail(f"{folder} is there already; --overwrite replaces it")
+        print(f"{split}: {folder} is complete")
     return splits
 
 
@@ -422,7 +425,9 @@ def main(args):
     torch.manual_seed(args.seed)
     if args.num_envs * args.rollout_steps // args.minibatches < 2:
         common.fail(f"--minibatches {args.minibatches} leaves less than 2 steps in each")
-    recording = dict(
+    if args.solver and args.random_play:
+        common.fail("--solver or --random-play: choose one")
+    settings = dict(
         game=args.game,
         frame_size=args.frame_size,
         num_levels=args.num_levels,
@@ -430,51 +435,52 @@ def main(args):
         plain=args.plain,
         one_theme=args.one_theme,
     )
-    splits = splits_to_record(args, recording)
-    if args.train_frames and not splits:
+    if args.train_frames == 0:
+        load_expert(args, settings, device)
         return
+    splits = splits_to_record(args, settings)
+    if not splits:
+        return
+    expert = None
+    if not args.solver and not args.random_play:
+        expert = load_expert(args, settings, device)
 
-    # --- who plays
-    rng = np.random.default_rng(args.seed)
-
-    def act_randomly(obs):
-        return rng.integers(common.NUM_ACTIONS, size=len(obs))
-
-    if args.random_play:
-        act = act_randomly
-    elif args.solver:
-        act = Solver(args.game, args.seed)
-    else:
-        act = load_expert(args, recording, device)
+    def make_act(purpose):
+        """obs uint8 [B, S, S, 3] -> actions int [B]; random numbers of its own for each purpose."""
+        seed = common.derive_seed(args.seed, f"act {purpose}")
+        if purpose == "random" or args.random_play:
+            rng = np.random.default_rng(seed)
+            return lambda obs: rng.integers(common.NUM_ACTIONS, size=len(obs))
+        if args.solver:
+            return Solver(args.game, seed)
+        return make_player(lambda obs: expert(obs)[0] / args.temperature, device, seed)
 
     # --- mean returns of expert and random policy go into the files, for the plots
-    def mean_return(player, purpose):
-        view = dict(plain=True, frame_size=64) if args.solver and player is act else {}
+    def mean_return(purpose):
+        view = dict(plain=True, frame_size=64) if args.solver and purpose == "expert" else {}
         seed = common.derive_seed(args.seed, purpose)
-        envs = common.ProcgenEnvs(recording | view, args.num_envs, seed)
-        return common.play_episodes(envs, player, 4).mean().item()
+        envs = common.ProcgenEnvs(settings | view, args.num_envs, seed)
+        return common.play_episodes(envs, make_act(purpose), EPISODES_PER_GAME).mean().item()
 
-    returns = dict(random_return=common.GAMES[args.game].random_return)  # the paper's, all levels
-    if args.num_levels:
-        returns["random_return"] = mean_return(act_randomly, "random")
-    returns["expert_return"] = mean_return(act, "expert")
+    paper = common.GAMES[args.game]
+    returns = dict(random_return=paper.random_return, expert_return=mean_return("expert"))
+    if args.num_levels:  # the paper's is of all levels
+        returns["random_return"] = mean_return("random")
     print(
         f"mean return: expert {returns['expert_return']:.2f}, random policy "
-        f"{returns['random_return']:.2f}; the paper's expert "
-        f"{common.GAMES[args.game].expert_return:.2f}"
+        f"{returns['random_return']:.2f}; the paper's expert {paper.expert_return:.2f}"
     )
 
     # --- record
     args.data_dir.mkdir(parents=True, exist_ok=True)
-    for split, (num_frames, wanted) in splits.items():
-        size = num_frames * 3 * args.frame_size**2 / 1e9
+    for split, recording in splits.items():
+        size = recording["num_frames"] * 3 * args.frame_size**2 / 1e9
         free = shutil.disk_usage(args.data_dir).free / 1e9
         warning = "warning: the disk may be too small; " if free < size / 2 else ""
         print(f"{split}: {warning}{size:.2g} GB, on disk 2 to 50 times less; {free:.0f} GB free")
-        player = act_randomly if split == "random" else act
-        record(args, wanted | returns, player, num_frames, args.data_dir / args.game / split)
-    if splits:
-        common.print_next("train_latent_dynamics.py", args)
+        folder = args.data_dir / args.game / split
+        record(args, recording | returns, make_act(split), recording["num_frames"], folder)
+    common.print_next("train_latent_dynamics.py", args)
 
 
 if __name__ == "__main__":

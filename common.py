@@ -5,10 +5,12 @@ endings, files, windows of frames, resuming, metrics and plots.
 import collections
 import contextlib
 import errno
+import functools
 import gc
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import shlex
@@ -145,13 +147,13 @@ def fail(message):
 
 
 def run(main, args_class):
-    """main(flags), and one line for the ways in which a run ends that are no fault of the code."""
+    """Parses the flags and calls main. Ctrl-C and errors of the file system print one line."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     try:
         main(tyro.cli(args_class))
     except KeyboardInterrupt:
         resumable = "resume" in args_class.__dataclass_fields__
-        fail("stopped" + "; --resume continues from the last row of metrics" * resumable)
+        fail("stopped; --resume continues from the last row of metrics" if resumable else "stopped")
     except OSError as error:
         known = "ENOSPC EDQUOT EROFS EACCES EPERM EPIPE ENOLCK".split()
         if errno.errorcode.get(error.errno) not in known:
@@ -213,31 +215,31 @@ def shrink(frames, size):
 class ProcgenEnvs:
     """`num_envs` Procgen games ("easy") that step together; the games' own seed is set.
 
-    recording: game, frame_size and, if wanted, start_level, num_levels, plain, one_theme, see
+    settings: game, frame_size and, if wanted, start_level, num_levels, plain, one_theme, see
     collect_data.py. obs: uint8 [B, S, S, 3], the current frames; rendered: the same at 64x64.
     finished: (env, episodic return) of each episode that ended; the caller empties it.
     """
 
-    def __init__(self, recording, num_envs, seed):
-        check_game(recording["game"])
+    def __init__(self, settings, num_envs, seed):
+        check_game(settings["game"])
         with contextlib.redirect_stderr(io.StringIO()):  # gym's notice about its successor
             from procgen import ProcgenGym3Env
-        plain = recording.get("plain", False)
-        gc.collect()  # games that are garbage must not be closed while others are being made
+        plain = settings.get("plain", False)
+        gc.collect()  # Procgen can crash if games are closed while others are being made
         self.games = ProcgenGym3Env(
             num=num_envs,
-            env_name=recording["game"],
+            env_name=settings["game"],
             distribution_mode="easy",
             rand_seed=seed,
             num_threads=min(num_envs, NUM_CORES),
-            start_level=recording.get("start_level", 0),
-            num_levels=recording.get("num_levels", 0),  # 0: all
+            start_level=settings.get("start_level", 0),
+            num_levels=settings.get("num_levels", 0),  # 0: all
             use_backgrounds=not plain,
             use_monochrome_assets=plain,
-            restrict_themes=plain or recording.get("one_theme", False),
+            restrict_themes=plain or settings.get("one_theme", False),
         )
         self.num_envs = num_envs
-        self.frame_size = recording["frame_size"]
+        self.frame_size = settings["frame_size"]
         self.finished = []
         self._returns = np.zeros(num_envs)
         self._observe()
@@ -569,9 +571,12 @@ def read_actions(frames_path):
 
 
 def valid_windows(first, context):
-    """bool [N]: True at i where frames i - context .. i + 1 belong to one episode of one stream."""
+    """bool [N]: True at i where frames i - context .. i + 1 belong to one episode of one stream.
+    With context 1, first 1 0 0 0 1 0 0 gives 0 1 1 0 0 1 0.
+    """
     starts = np.concatenate([[0], np.cumsum(first)])  # starts[i]: episode starts before row i
     valid = np.zeros(len(first), bool)
+    # no episode starts in rows i - context + 1 .. i + 1
     valid[context:-1] = starts[context + 2 :] == starts[1 : -context - 1]
     return valid
 
@@ -612,8 +617,9 @@ def endless_passes(paths, generator):
 class FrameStore:
     """Draws windows uniformly, with replacement, from shards that need not fit into memory.
 
-    If there are more than `pool_frames` frames, half as many are in use, for as many draws as they
-    have windows, while the next half is read. Frames in use are on `device` if they fit there.
+    If there are more than `pool_frames` frames, memory is split in two halves: windows are drawn
+    from one, once per window on average, while threads read the next shards for the other. Frames
+    in use are on `device` if they fit there.
     """
 
     def __init__(self, args, split, context, device, dynamics_id=None, pool_frames=131_072):
@@ -623,25 +629,47 @@ class FrameStore:
         self.context = context
         self.device = device
         self.generator = torch.Generator().manual_seed(derive_seed(args.seed, split))
+        self.order_seed = derive_seed(args.seed, "order of shards")
         paths = list_shards(self.folder)
         lengths = [len(load_npz(path, ["first"])["first"]) for path in paths]
         self.num_frames = sum(lengths)
+        self.all_paths = paths
         self.streams = self.num_frames > pool_frames
         self.num_shards = len(paths)  # in use at once
-        order = paths
         if self.streams:
             self.num_shards = max(1, pool_frames // 2 // max(lengths))
-            seed = derive_seed(args.seed, "order of shards")
-            order = endless_passes(paths, torch.Generator().manual_seed(seed))
-
-        def read(path):
-            latents_dir = args.runs_dir / args.game / split
-            return read_shard(path, args.game, context, latents_dir, dynamics_id)
-
-        self.shards = in_background(read, order, ahead=self.num_shards)
-        self.obs = None
         self.size = self.num_shards * max(1, *lengths)
+        self.read = functools.partial(
+            read_shard,
+            game=args.game,
+            context=context,
+            latents_dir=args.runs_dir / args.game / split,
+            dynamics_id=dynamics_id,
+        )
+        self.obs = None
+        self._start(loads=0)
+
+    def _start(self, loads):
+        """Reads the shards that follow after this number of loads, each of num_shards."""
+        order = self.all_paths
+        if self.streams:
+            generator = torch.Generator().manual_seed(self.order_seed)
+            order = endless_passes(self.all_paths, generator)
+            order = itertools.islice(order, loads * self.num_shards, None)
+        self.shards = in_background(self.read, order, ahead=self.num_shards)
+        self.loads = loads
         self._load_next()
+
+    def state_dict(self):
+        return dict(
+            generator=self.generator.get_state(), loads=self.loads, draws_left=self.draws_left
+        )
+
+    def load_state_dict(self, saved):
+        if saved["loads"] != self.loads:
+            self._start(saved["loads"] - 1)
+        self.draws_left = saved["draws_left"]
+        self.generator.set_state(saved["generator"])
 
     def _allocate(self, shard):
         self.frame_size = shard.obs.shape[1]
@@ -673,6 +701,7 @@ class FrameStore:
             start = stop
         self.rows = torch.from_numpy(np.concatenate(rows))  # of all valid windows
         self.draws_left = len(self.rows)
+        self.loads += 1
         if len(self.rows) == 0:
             fail(f"no window of {self.context + 2} frames in {self.folder} lies within an episode")
 
@@ -714,7 +743,8 @@ def true_actions_to_report_on(store, rows):
 
 def to_input(frames):
     """uint8 (B, T, S, S, 3) -> float (B, 3T, S, S) in [-0.5, 0.5], channels last in memory."""
-    x = frames.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)
+    x = frames.permute(0, 2, 3, 1, 4).flatten(3)  # (B, S, S, 3T)
+    x = x.permute(0, 3, 1, 2)  # (B, 3T, S, S)
     return x.float() / 255 - 0.5
 
 
@@ -728,27 +758,27 @@ def check_finite(step, path, *modules):
             fail(f"not finite at step {step}; {path} stays as it was; try a lower learning rate")
 
 
-def save_state(path, args, step, parts, **values):
+def save_state(path, args, step, resumable, **values):
     """What load_state() needs to go on after `step`; values: tensors and plain Python values."""
     states = {}
-    for name, part in parts.items():
-        states[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+    for name, x in resumable.items():
+        states[name] = x.get_state() if isinstance(x, torch.Generator) else x.state_dict()
     save_checkpoint(
         path,
         kind="run state",
         game=args.game,
         step=step,
         flags={flag: str(value) for flag, value in vars(args).items()},
-        parts=states,
+        states=states,
         values=values,
         rng=torch.get_rng_state(),
     )
 
 
-def load_state(path, args, parts, made_from=None):
-    """With --resume, restores parts ({name: object with state_dict(), or torch.Generator}). Returns
-    the step and the values that were saved; 0 and {} without --resume or a saved state. made_from:
-    id of what the run reads, if save_state() was given it.
+def load_state(path, args, resumable, made_from=None):
+    """With --resume, restores {name: object with state_dict(), or torch.Generator}. Returns the
+    step and the values that were saved; 0 and {} without --resume or a saved state. made_from: id
+    of what the run reads, if save_state() was given it.
     """
     if not args.resume or not Path(path).exists():
         return 0, {}
@@ -761,9 +791,9 @@ def load_state(path, args, parts, made_from=None):
             fail(f"--{flag} is {value}, but the run in {path} has {saved}; resume with its flags")
     if state["values"].get("made_from", made_from) != made_from:
         fail(f"{path} is of a run on other frames or another earlier stage; leave out --resume")
-    for name, part in parts.items():
-        restore = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
-        restore(state["parts"][name])
+    for name, x in resumable.items():
+        restore = x.set_state if isinstance(x, torch.Generator) else x.load_state_dict
+        restore(state["states"][name])
     torch.set_rng_state(state["rng"])
     print(f"resume: {path} is at step {state['step']:,}")
     return state["step"], state["values"]

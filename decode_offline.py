@@ -43,7 +43,7 @@ class Args(common.RunArgs):
     envs_per_decoder: int = 8
     """Games that each decoder plays at once; each game has an equal quota of its episodes."""
     capture_video: bool = False
-    """Write an animation (.gif) of the agent in eight games; offline, with the most labels."""
+    """Write an animation (.gif) of the agent in eight games."""
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -190,11 +190,11 @@ def load_labelled(frames_dir, latents_dir, dynamics_id):
 
 
 def draw_labels(num_rows, count, args, seed):
-    """The rows that decoder `seed` has labels of, int64 (count,): more labels contain the fewer
-    ones; and the generator, for fitting it.
+    """The rows that decoder `seed` has labels of, int64 (count,); a smaller count gives a prefix of
+    the same rows.
     """
     generator = torch.Generator().manual_seed(common.derive_seed(args.seed, f"labels {seed}"))
-    return torch.randperm(num_rows, generator=generator)[:count], generator
+    return torch.randperm(num_rows, generator=generator)[:count]
 
 
 def load_held_out(args, context, device, dynamics_id):
@@ -216,13 +216,18 @@ def judge(logits, true_actions, game):
 
 def fit_decoders(z, actions, args, device):
     """A decoder for each number of labels and each seed, in this order."""
+    mean = z.mean(0)  # of all rows, as latents need no labels
+    std = z.std(0) + 1e-6
     decoders = []
     for count in args.labels:
         for seed in range(args.decoder_seeds):
-            rows, generator = draw_labels(len(z), count, args, seed)
+            fit_seed = common.derive_seed(args.seed, f"fit {count} {seed}")
+            generator = torch.Generator().manual_seed(fit_seed)
+            torch.manual_seed(fit_seed)  # of the decoder's first weights
+            rows = draw_labels(len(z), count, args, seed)
             decoder = ActionDecoder(z.shape[1])
-            decoder.mean.copy_(z.mean(0))  # latents need no labels, so this is of all rows
-            decoder.std.copy_(z.std(0) + 1e-6)
+            decoder.mean.copy_(mean)
+            decoder.std.copy_(std)
             decoder.to(device)
             fit_decoder(decoder, z[rows].to(device), actions[rows].to(device), args, generator)
             decoders.append(decoder.requires_grad_(False))
@@ -233,7 +238,7 @@ def play(compute_logits, num_policies, recording, args, device):
     """Mean returns [num_policies]. compute_logits: frames uint8 (num_policies * n, S, S, 3) ->
     logits (num_policies * n, 15), of which policy i computes the i-th part for its own n games.
     """
-    act = make_player(compute_logits, device, args.seed)
+    act = make_player(compute_logits, device, common.derive_seed(args.seed, "sample actions"))
     seed = common.derive_seed(args.seed, "decode offline")
     envs = common.ProcgenEnvs(recording, num_policies * args.envs_per_decoder, seed)
     quota = -(-args.episodes // args.envs_per_decoder)
@@ -242,7 +247,7 @@ def play(compute_logits, num_policies, recording, args, device):
 
 def play_blindly(actions, recording, args):
     """Mean return of a policy that draws actions as often as they occur in actions [n]."""
-    rng = np.random.default_rng(args.seed)
+    rng = np.random.default_rng(common.derive_seed(args.seed, "blind policy"))
     frequencies = np.bincount(actions, minlength=common.NUM_ACTIONS) / len(actions)
     seed = common.derive_seed(args.seed, "decode offline")
     envs = common.ProcgenEnvs(recording, 64, seed)
@@ -316,7 +321,8 @@ def main(args):
         references=references,
     )
     if args.capture_video:
-        decoder = decoders[-args.decoder_seeds]  # the first with the most labels
+        most = int(np.argmax(args.labels))
+        decoder = decoders[most * args.decoder_seeds]
         act = make_player(lambda obs: decoder(policy(obs)), device, args.seed)
         common.capture_video(run / "decode_offline.gif", recording, act, args.seed)
     print("  labels     return          normalized  accuracy from z  accuracy from o_t")

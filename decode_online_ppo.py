@@ -1,4 +1,4 @@
-"""Stage 3, online: decode latent actions while playing, with PPO (paper, 4.3, 6.1, Figure 3).
+r"""Stage 3, online: decode latent actions while playing, with PPO (paper, 4.3, 6.1, Figure 3).
 
 The latent policy's convolutions are frozen. Two sets of logits on top of them are averaged: those
 of a decoder, fitted on the agent's own transitions as the IDM labels them (SL), and those of an
@@ -9,7 +9,7 @@ reads   runs/<game>/latent_policy.pt, and for rl_sl latent_dynamics.pt (the IDM)
 writes  runs/<game>/decode_online_<method>.npz, .pt, .png, .csv and .gif
 
 paper scale   python decode_online_ppo.py --game bigfish
-on a CPU      python decode_online_ppo.py --game miner --env-steps 300_000 --log-every-steps 20_000
+on a CPU      python decode_online_ppo.py --game miner --env-steps 300_000 --log-every-steps 20_000 \
                   --hidden-lr-ramp 50_000 100_000 0.1
 """
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-PARTS = ("action", "value", "hidden")  # of OnlinePolicy: each has a learning rate of its own
+TRAINED_LAYERS = ("action", "value", "hidden")  # of OnlinePolicy: each has its own learning rate
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Args(common.RunArgs):
     eval_episodes: int = 64
     """Episodes of an evaluation, one in each of as many games."""
     capture_video: bool = False
-    """Write an animation (.gif) of the agent in eight games; offline, with the most labels."""
+    """Write an animation (.gif) of the agent in eight games."""
 
     method: Literal["rl_sl", "rl"] = "rl_sl"
     """rl_sl: decoder and RL head; rl: RL head alone."""
@@ -204,7 +204,7 @@ class OnlinePolicy(nn.Module):
 
     def parameter_groups(self):
         """For Adam: each part has a learning rate of its own."""
-        return [dict(params=getattr(self, part).parameters(), lr=0.0) for part in PARTS]
+        return [dict(params=getattr(self, layer).parameters(), lr=0.0) for layer in TRAINED_LAYERS]
 
     def forward(self, features, decoded):
         """features (B, F), the decoder's logits (B, 15) -> logits (B, 15), value (B,)"""
@@ -215,7 +215,7 @@ class OnlinePolicy(nn.Module):
         return logits, self.value(h)[:, 0]
 
 
-# --- PPO: copies of collect_data.py ---------------------------------------------------------------
+# --- PPO: compute_gae(), ppo_loss(), sample_actions() are copies of collect_data.py ---------------
 
 
 def compute_gae(rewards, values, dones, gamma, gae_lambda):
@@ -246,7 +246,7 @@ def ppo_loss(logits, values, batch, args):
     advantages = (advantages - advantages.mean()) / std
     clipped_ratio = ratio.clamp(1 - args.clip, 1 + args.clip)
     policy_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
-    # of the value and the value near the old one, the worse counts
+    # the change of the value is clipped as well; the larger loss counts
     change = (values - batch["values"]).clamp(-args.clip, args.clip)
     squared = (values - batch["targets"]) ** 2
     clipped_squared = (batch["values"] + change - batch["targets"]) ** 2
@@ -321,19 +321,24 @@ def learning_rate(env_step, ramp, lr, end):
 
 
 def set_learning_rates(optimizer, env_step, args):
-    for group, part in zip(optimizer.param_groups, PARTS):
-        ramp = getattr(args, f"{part}_lr_ramp")
+    for group, layer in zip(optimizer.param_groups, TRAINED_LAYERS):
+        ramp = getattr(args, f"{layer}_lr_ramp")
         group["lr"] = learning_rate(env_step, ramp, args.lr, args.env_steps)
 
 
 # --- the decoder ----------------------------------------------------------------------------------
 
 
-def refit_is_due(update, args):
-    """Whether the decoder is fitted after this update, counted from 1."""
-    env_step = update * args.num_envs * args.rollout_steps
-    interval = 1 if env_step <= args.refit_dense_until else args.refit_interval
-    return args.refit_start <= env_step <= args.refit_stop and update % interval == 0
+def refit_updates(args):
+    """The updates, counted from 1, after which the decoder is fitted; none for --method rl."""
+    updates = []
+    rollout_size = args.num_envs * args.rollout_steps
+    for update in range(1, args.env_steps // rollout_size + 1):
+        env_step = update * rollout_size
+        interval = 1 if env_step <= args.refit_dense_until else args.refit_interval
+        if args.refit_start <= env_step <= args.refit_stop and update % interval == 0:
+            updates.append(update)
+    return updates if args.method == "rl_sl" else []
 
 
 @torch.no_grad()
@@ -372,15 +377,15 @@ def fit_decoder(decoder, z, actions, args, generator):
 
 
 class OnlineDecoder:
-    """The decoder and the transitions that it is fitted on: all of the agent's own, as the IDM
-    labels them, until its last fit. refits: the updates after which it is fitted; none for rl.
+    """The supervised half (SL): an ActionDecoder, and the transitions that it is fitted on, which are
+    all of the agent's own until its last fit, as the IDM labels them.
     """
 
-    def __init__(self, idm, z_dim, refits, args, device):
+    def __init__(self, idm, z_dim, args, device):
         self.idm = idm
-        self.refits = refits
+        self.refits = refit_updates(args)
         self.args = args
-        self.decoder = ActionDecoder(z_dim).to(device)
+        self.network = ActionDecoder(z_dim).to(device)
         self.distinct = torch.from_numpy(common.distinct_actions(args.game)).to(device)
         self.fitted = False
         self.accuracy = float("nan")
@@ -390,24 +395,24 @@ class OnlineDecoder:
     def __call__(self, z):
         """z (B, Z) -> logits (B, 15); uniform before the first fit (official code: unfitted)."""
         if self.fitted:
-            return self.decoder(z)
+            return self.network(z)
         return torch.zeros(len(z), common.NUM_ACTIONS, device=z.device)
 
     def learn(self, update, rollout, generator):
-        """Takes in the rollout of this update, and fits the decoder if it is due."""
+        """Labels the rollout of this update, and refits the decoder if it is due."""
         if not self.refits or update > self.refits[-1]:
             return
         z, actions = label_transitions(
             self.idm, rollout["frames"], rollout["first"], rollout["actions"]
         )
         if self.fitted:  # on transitions that it was not fitted on, actions of equal effect merged
-            guesses = self.decoder(z).argmax(1)
+            guesses = self.network(z).argmax(1)
             right = self.distinct[guesses] == self.distinct[actions]
             self.accuracy = right.float().mean().item()
         self.z = torch.cat([self.z, z.half()])
         self.actions = torch.cat([self.actions, actions])
         if update in self.refits:
-            fit_decoder(self.decoder, self.z, self.actions, self.args, generator)
+            fit_decoder(self.network, self.z, self.actions, self.args, generator)
             self.fitted = True
         if update == self.refits[-1]:  # releases their memory
             self.z = self.z[:0].clone()
@@ -415,7 +420,7 @@ class OnlineDecoder:
 
     def state_dict(self):
         return dict(
-            decoder=self.decoder.state_dict(),
+            network=self.network.state_dict(),
             fitted=self.fitted,
             accuracy=self.accuracy,
             z=self.z,
@@ -423,7 +428,7 @@ class OnlineDecoder:
         )
 
     def load_state_dict(self, saved):
-        self.decoder.load_state_dict(saved["decoder"])
+        self.network.load_state_dict(saved["network"])
         self.fitted = saved["fitted"]
         self.accuracy = saved["accuracy"]
         self.z = saved["z"].to(self.z.device)
@@ -499,21 +504,15 @@ def play_rollout(rollout, envs, encode, policy, normalize_rewards, generator):
 
 
 def check_schedules(args):
-    """The updates after which the decoder is fitted; impossible flags end the run."""
-    for part in PARTS:
-        ramp = getattr(args, f"{part}_lr_ramp")
+    """Ends the run on flags that cannot work."""
+    for layer in TRAINED_LAYERS:
+        ramp = getattr(args, f"{layer}_lr_ramp")
         if not ramp[0] < ramp[1] < args.env_steps:
-            common.fail(f"--{part}-lr-ramp {ramp} must rise, and peak before --env-steps")
-    rollout_size = args.num_envs * args.rollout_steps
-    if rollout_size // args.minibatches < 2:
+            common.fail(f"--{layer}-lr-ramp {ramp} must rise, and peak before --env-steps")
+    if args.num_envs * args.rollout_steps // args.minibatches < 2:
         common.fail(f"--minibatches {args.minibatches} leaves less than 2 steps in each")
-    if args.method == "rl":
-        return []
-    updates = range(1, args.env_steps // rollout_size + 1)
-    refits = [update for update in updates if refit_is_due(update, args)]
-    if not refits:
+    if args.method == "rl_sl" and not refit_updates(args):
         common.fail(f"no update ends between --refit-start {args.refit_start} and --refit-stop")
-    return refits
 
 
 def save_results(output, args, checkpoint, curve, policy, latent_policy, decoder):
@@ -530,7 +529,7 @@ def save_results(output, args, checkpoint, curve, policy, latent_policy, decoder
         config=checkpoint["config"],
         policy=policy.state_dict(),
         latent_policy=latent_policy.state_dict(),
-        decoder=decoder.decoder.state_dict(),
+        decoder=decoder.network.state_dict(),
     )
     returns = np.mean(curve["eval_returns"], 1)
     common.plot_returns(
@@ -547,7 +546,7 @@ def save_results(output, args, checkpoint, curve, policy, latent_policy, decoder
 def main(args):
     device = common.pick_device(args)
     torch.manual_seed(args.seed)
-    refits = check_schedules(args)
+    check_schedules(args)
     output = args.runs_dir / args.game / f"decode_online_{args.method}"
 
     # --- networks: the latent policy and the IDM stay as they are
@@ -555,13 +554,14 @@ def main(args):
     recording = checkpoint["recording"]
     context = checkpoint["context"]
     z_dim = checkpoint["config"]["z_dim"]
-    policy = OnlinePolicy(latent_policy.hidden, with_decoder=bool(refits)).to(device)
-    decoder = OnlineDecoder(idm, z_dim, refits, args, device)
+    policy = OnlinePolicy(latent_policy.hidden, args.method == "rl_sl").to(device)
+    decoder = OnlineDecoder(idm, z_dim, args, device)
     optimizer = torch.optim.Adam(policy.parameter_groups(), fused=True)
     common.lock(output)
 
     # --- games and storage
     seed = common.derive_seed(args.seed, "decode online")
+    eval_seed = common.derive_seed(args.seed, "evaluation actions")
     envs = common.ProcgenEnvs(recording, args.num_envs, seed)
     generator = torch.Generator(device).manual_seed(seed)
     normalize_rewards = common.RewardNormalizer(args.num_envs, args.gamma)
@@ -578,11 +578,11 @@ def main(args):
         return logits
 
     # --- training
-    parts = dict(policy=policy, optimizer=optimizer, decoder=decoder, envs=envs)
-    parts |= dict(generator=generator, normalize_rewards=normalize_rewards)
+    resumable = dict(policy=policy, optimizer=optimizer, decoder=decoder, envs=envs)
+    resumable |= dict(generator=generator, normalize_rewards=normalize_rewards)
     curve = dict(env_steps=[], returns=[], episodes=[], eval_returns=[])
     made_from = common.fingerprint(latent_policy)
-    start, saved = common.load_state(f"{output}_state.pt", args, parts, made_from)
+    start, saved = common.load_state(f"{output}_state.pt", args, resumable, made_from)
     if saved:
         curve = saved["curve"]
         rollout["frames"][-context - 1 :] = saved["frames"].to(device)
@@ -594,10 +594,11 @@ def main(args):
     for update in range(start // rollout_size + 1, num_updates + 1):
         # play T steps of each game
         play_rollout(rollout, envs, encode, policy, normalize_rewards, generator)
-        # RL, at the learning rates of the step before the rollout (official code)
+        # RL: PPO, at the learning rates of the step at which this rollout began (official code); all
+        # are 0 for the first 25,000 steps
         set_learning_rates(optimizer, (update - 1) * rollout_size, args)
         metrics = ppo_update(policy, optimizer, rollout, args, generator)
-        # SL: all transitions so far are what the decoder is fitted on
+        # SL: the IDM labels these transitions, the decoder is refitted on all so far
         decoder.learn(update, rollout, generator)
         log.bar.update(rollout_size)
 
@@ -605,7 +606,7 @@ def main(args):
         env_step = update * rollout_size
         if env_step % args.log_every_steps < rollout_size or update == num_updates:
             common.check_finite(env_step, f"{output}.pt", policy)
-            act = make_player(compute_logits, device, seed)
+            act = make_player(compute_logits, device, eval_seed)
             eval_returns = common.evaluation_returns(recording, act, args)
             metrics["eval_return"] = eval_returns.mean()
             metrics["decoder_accuracy"] = decoder.accuracy
@@ -620,7 +621,7 @@ def main(args):
                 f"{output}_state.pt",
                 args,
                 env_step,
-                parts,
+                resumable,
                 made_from=made_from,
                 curve=curve,
                 frames=rollout["frames"][-context - 1 :].clone(),
@@ -628,12 +629,10 @@ def main(args):
             )
     log.bar.close()
     if args.capture_video:
-        act = make_player(compute_logits, device, seed)
+        act = make_player(compute_logits, device, eval_seed)
         common.capture_video(f"{output}.gif", recording, act, args.seed)
     mean_return = np.mean(curve["eval_returns"][-1])
     print(f"{args.method}: mean return {mean_return:.2f}; {output}.npz, .pt, .png and .csv")
-    if (output.parent / "latent_dynamics.pt").exists():  # not in ILPO's folder
-        common.print_next("visualize_latents.py", args)
 
 
 if __name__ == "__main__":

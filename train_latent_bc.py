@@ -1,4 +1,4 @@
-"""Stage 2: clone a policy over latent actions from the same video (paper, section 4.2).
+r"""Stage 2: clone a policy over latent actions from the same video (paper, section 4.2).
 
 Behavior cloning, with latent actions in place of true ones: the latent policy sees o_t alone and
 predicts the latent action z_t that stage 1's IDM assigned to this frame. The target is z_t before
@@ -8,7 +8,7 @@ reads   data/<game>/{train,test}/frames_NNN.npz, runs/<game>/{train,test}/latent
 writes  runs/<game>/latent_policy.pt, train_latent_bc.csv
 
 paper scale   python train_latent_bc.py --game bigfish
-on a CPU      python train_latent_bc.py --game miner --multiplier 1 --lr 1e-3 --grad-steps 2500
+on a CPU      python train_latent_bc.py --game miner --multiplier 1 --lr 1e-3 --grad-steps 2500 \
                   --warmup-steps 100 --standardize --eval-every 500
 """
 
@@ -37,7 +37,7 @@ class Args(common.RunArgs):
     """Gradient steps between evaluations, checkpoints and saved states."""
 
     standardize: bool = False
-    """Regress latents of mean 0, std 1 (not in the paper); a small z is not learned without it."""
+    """Regress latents of mean 0, std 1 (not in the paper); needed where z's std is far below 1."""
     multiplier: float = 4
     """Multiplies IMPALA's channels 16, 32, 32 (A.4)."""
     grad_steps: int = 60_000
@@ -135,8 +135,10 @@ def main(args):
     device = common.pick_device(args)
     torch.manual_seed(args.seed)
     run = args.runs_dir / args.game
-    output = run / "latent_policy.pt"
-    state = run / "train_latent_bc_state.pt"
+    output, state = run / "latent_policy.pt", run / "train_latent_bc_state.pt"
+    common.lock(output)
+    if args.grad_steps < 1:
+        common.fail("--grad-steps 0 trains no policy")
 
     # --- data: frames and the latents that stage 1 wrote for them
     dynamics = common.load_checkpoint(run / "latent_dynamics.pt", "latent_dynamics", args.game)
@@ -151,14 +153,14 @@ def main(args):
     test_rows = test.draw(TEST_FRAMES)
     test_obs = test.frames_at(test_rows)
     test_z = test.z_at(test_rows)
-    common.lock(output)
 
     # --- network
     z_dim = idm_config["z_dim"]
     config = dict(frame_size=store.frame_size, multiplier=args.multiplier, z_dim=z_dim)
     policy = LatentPolicy(**config)
     if args.standardize:
-        z = store.z_at(store.rows[:: max(1, len(store.rows) // 65_536)])  # spread over all shards
+        step = max(1, len(store.rows) // 65_536)
+        z = store.z_at(store.rows[::step])  # of the frames in memory
         policy.mean.copy_(z.mean(0))
         policy.std.copy_(z.std(0) + 1e-6)
     policy.to(device, memory_format=torch.channels_last)
@@ -178,8 +180,8 @@ def main(args):
     )
 
     # --- training
-    parts = dict(policy=policy, optimizer=optimizer, schedule=schedule, sampler=store.generator)
-    start, _ = common.load_state(state, args, parts, made_from=dynamics_id)
+    resumable = dict(policy=policy, optimizer=optimizer, schedule=schedule, sampler=store)
+    start, _ = common.load_state(state, args, resumable, made_from=dynamics_id)
     log = common.MetricsLog(run / "train_latent_bc.csv", args.grad_steps, "step", start)
     for grad_step in range(start + 1, args.grad_steps + 1):
         # a minibatch of frames o_t and the latents z_t that the IDM gave them
@@ -208,7 +210,7 @@ def main(args):
                 dynamics_id=dynamics_id,
                 policy=policy.state_dict(),
             )
-            common.save_state(state, args, grad_step, parts, made_from=dynamics_id)
+            common.save_state(state, args, grad_step, resumable, made_from=dynamics_id)
     log.bar.close()
     if not output.exists():
         common.fail(f"{output} is missing though the run is complete; leave out --resume")

@@ -1,4 +1,4 @@
-"""Stage 1: learn latent actions from video alone (paper, section 4.1).
+r"""Stage 1: learn latent actions from video alone (paper, section 4.1).
 
 The inverse dynamics model (IDM) sees o_{t-k} .. o_{t+1} and emits a latent action z_t, which is
 vector-quantized. The forward dynamics model (FDM) predicts o_{t+1} from o_{t-k} .. o_t and the
@@ -9,8 +9,8 @@ reads   data/<game>/{train,test,random}/frames_NNN.npz (labels, if there, for me
 writes  runs/<game>/latent_dynamics.pt, {train,test}/latents_NNN.npz, train_latent_dynamics.csv
 
 paper scale   python train_latent_dynamics.py --game bigfish
-on a CPU      python train_latent_dynamics.py --game miner --multiplier 0.5 --fdm-width 8 --lr 1e-3
-                  --batch-size 64 --vq-decay 0.99 --predict-change --z-std 0.2 --grad-steps 1500
+on a CPU      python train_latent_dynamics.py --game miner --multiplier 0.5 --fdm-width 8 --lr 1e-3 \
+                  --batch-size 64 --vq-decay 0.99 --predict-change --z-std 0.2 --grad-steps 1500 \
                   --eval-every 250
 no VQ (A.2)   python train_latent_dynamics.py --game bigfish --no-vq --runs-dir runs/no_vq
 """
@@ -147,7 +147,8 @@ class EMAVectorQuantizer(nn.Module):
         start = torch.empty(codebooks, embeddings, embedding_dim).uniform_(-1, 1) * 5 / embeddings
         self.register_buffer("embedding", start)  # (C, K, E) = ema_sum / ema_count
         # Counts start at 1 to match the sums. With counts of 0 (official code) the first update
-        # divides unused sums by about 1e-5, and the codes explode.
+        # divides unused sums by about 1e-5, and the codes explode. (A batch so large that 1 is below
+        # a tenth of the average count restarts unused codes at the first update; see update().)
         self.register_buffer("ema_count", torch.ones(codebooks, embeddings))  # (C, K)
         self.register_buffer("ema_sum", start.clone())  # (C, K, E)
 
@@ -182,9 +183,9 @@ class EMAVectorQuantizer(nn.Module):
         candidates = x[
             :, torch.randint(x.shape[1], (num_embeddings,), device=x.device)
         ]  # (C, K, E)
-        dead = self.ema_count < 0.1 * average_count
-        self.ema_count[dead] = average_count
-        self.ema_sum[dead] = average_count * candidates[dead]
+        dead = self.ema_count < 0.1 * average_count  # (C, K)
+        self.ema_count.masked_fill_(dead, average_count)
+        self.ema_sum.copy_(torch.where(dead[..., None], average_count * candidates, self.ema_sum))
         self.embedding.copy_(self.ema_sum / self.ema_count[..., None])
 
 
@@ -198,9 +199,9 @@ class NoQuantizer(nn.Module):
 
 
 def conv_with_planes(conv, x, z):
-    """conv(x and z as constant planes): x (B, C, S, S), z (B, Z) -> (B, out, S, S). A padded 3x3
-    convolution of constant planes has 9 distinct values: corners, edges, inside. So a 3x3 tile is
-    convolved and stretched, which halves the time of stage 1 at 32x32.
+    """conv(torch.cat([x, z repeated over S x S], 1)): x (B, C, S, S), z (B, Z) -> (B, out, S, S).
+    A padded 3x3 convolution of constant planes has 9 distinct values: corners, edges, inside. So a
+    3x3 tile is convolved and stretched, which halves the time of stage 1 at 32x32.
     """
     weight_x, weight_z = conv.weight.split([x.shape[1], z.shape[1]], 1)
     planes = z[:, :, None, None].expand(-1, -1, 3, 3)  # (B, Z, 3, 3)
@@ -248,11 +249,14 @@ class FDM(nn.Module):
         depth = frame_size.bit_length() - 2  # down blocks until 2x2 is left: 5 at 64x64
         widths = [width * 2**i for i in range(depth)]  # 24, 48, 96, 192, 384
         bottom_width = width * 2**depth  # 768
-        # the first down block, apart from its convolution: see conv_with_planes()
-        self.first_conv, *rest = DownBlock(past_channels + z_dim, width)
-        self.after_first_conv = nn.Sequential(*rest)
+        # the first down block; its convolution stands alone for conv_with_planes()
+        self.first_conv = nn.Conv2d(past_channels + z_dim, width, 3, padding=1)
+        self.after_first_conv = nn.Sequential(
+            nn.BatchNorm2d(width), ResidualBlock(width, width // 2), nn.MaxPool2d(2), nn.ReLU()
+        )
         self.down = nn.ModuleList(DownBlock(i, o) for i, o in zip(widths, widths[1:]))
         self.bottom = nn.Conv2d(widths[-1], bottom_width, 2)  # (B, 16 width, 2, 2) -> 1x1
+        # at 64x64: 1x1, 768 + z -> 2x2, 384; with the skip of 384 -> 4x4, 192; .. -> 64x64, 24
         self.up = nn.ModuleList([UpBlock(bottom_width + z_dim, widths[-1])])
         for skip_width, out_width in zip(reversed(widths), [*reversed(widths[:-1]), width]):
             self.up.append(UpBlock(2 * skip_width, out_width))  # doubled by the skip connection
@@ -367,8 +371,7 @@ def evaluate(idm, quantizer, fdm, test_windows, probe_windows, probe_actions):
     target = common.to_input(test_windows[:, -1:])
     metrics = dict(test_mse=F.mse_loss(predicted, target), copy_mse=F.mse_loss(o_t, target))
     if codes.numel():
-        # For each position: pooled over four positions, each of which uses one code of its own, the
-        # perplexity would be 4, though the latents say nothing.
+        # one perplexity per position: pooled, four positions stuck on four codes would show 4
         embeddings = quantizer.embedding.shape[1]
         each = [perplexity(position, embeddings) for position in codes.cpu().numpy().T]
         metrics["perplexity_mean"] = np.mean(each)
@@ -482,6 +485,7 @@ def main(args):
     torch.manual_seed(args.seed)
     data, run = args.data_dir / args.game, args.runs_dir / args.game
     output, state = run / "latent_dynamics.pt", run / "train_latent_dynamics_state.pt"
+    common.lock(output)
     if not 2 <= args.embeddings <= 256:
         common.fail(f"--embeddings {args.embeddings}: a code is stored in one byte, 2 to 256 fit")
 
@@ -492,7 +496,6 @@ def main(args):
     evaluation_windows = load_evaluation_windows(args, device)
     if evaluation_windows[0].shape[2] != size:
         common.fail(f"the splits of {data} differ in frame size")
-    common.lock(output)
 
     # --- networks
     config = model_config(args, size)
@@ -508,12 +511,20 @@ def main(args):
         f"{sum(p.numel() for p in parameters):,} parameters"
     )
 
+    # --- training
+    resumable = dict(idm=idm, quantizer=quantizer, fdm=fdm, sampler=store)
+    resumable |= dict(optimizer=optimizer, schedule=schedule)
+    start, _ = common.load_state(state, args, resumable, made_from=frames_id)
+    log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step", start)
+
     def evaluate_and_save(grad_step, train_mse, commitment_loss):
         common.check_finite(grad_step, output, idm, fdm)
         metrics = dict(train_mse=train_mse, commitment_loss=commitment_loss)
         metrics |= evaluate(idm, quantizer, fdm, *evaluation_windows)
         log.write(grad_step=grad_step, **metrics)
-        if grad_step and metrics.get("perplexity_mean", 2) < 1.5:
+        if grad_step == 0 < args.grad_steps:
+            return  # an earlier checkpoint stays until there is a trained one
+        if args.vq and metrics["perplexity_mean"] < 1.5 and grad_step:
             log.bar.write("warning: the codebooks have collapsed, see README, Troubleshooting")
         common.save_checkpoint(
             output,
@@ -527,19 +538,8 @@ def main(args):
             quantizer=quantizer.state_dict(),
             fdm=fdm.state_dict(),
         )
-        common.save_state(state, args, grad_step, parts, made_from=frames_id)
+        common.save_state(state, args, grad_step, resumable, made_from=frames_id)
 
-    # --- training
-    parts = dict(
-        idm=idm,
-        quantizer=quantizer,
-        fdm=fdm,
-        optimizer=optimizer,
-        schedule=schedule,
-    )
-    parts["sampler"] = store.generator
-    start, _ = common.load_state(state, args, parts, frames_id)
-    log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step", start)
     if start == 0:  # the untrained IDM, a control
         evaluate_and_save(0, float("nan"), float("nan"))
     for grad_step in range(start + 1, args.grad_steps + 1):

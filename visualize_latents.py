@@ -218,8 +218,8 @@ def plot_map(path, xy, group, names, title, windows, rows):
         frameon=False,
         fontsize=12,
     )
-    panels = right.subplots(4, 3, squeeze=False).flat
-    for number, (ax, row) in enumerate(zip(panels, rows), 1):
+    places = right.subplots(4, 3, squeeze=False).flat
+    for number, (ax, row) in enumerate(zip(places, rows), 1):
         axes.annotate(
             str(number),
             xy[row],
@@ -260,8 +260,9 @@ def panels(images, titles, labels, title, inches=1.75):
 
 def plot_fdm(path, fdm, windows, z_q, group_z_q, group, names, title):
     """One window of each of the four most frequent groups: o_t, o_{t+1}, the prediction with its
-    own latent, and with those of up to six groups, group_z_q (G, Z). Under the latter stands their
-    difference from the mean of them. windows uint8 (N, k + 2, S, S, 3), z_q (N, Z).
+    own latent, and the predictions with the latents of up to six groups, group_z_q (G, Z). Below:
+    differences from o_t, and from the mean of the latter predictions. windows uint8 (N, k + 2, S,
+    S, 3), z_q (N, Z).
     """
     counts = np.bincount(group)
     frequent = np.argsort(-counts, kind="stable")[:6]
@@ -325,6 +326,7 @@ def main(args):
     torch.manual_seed(args.seed)
     warnings.filterwarnings("ignore", module="sklearn")  # the MLP's number of passes is fixed
     run = args.runs_dir / args.game
+    common.lock(run / "latents_metrics.npz")
 
     # --- networks
     saved = common.load_checkpoint(run / "latent_dynamics.pt", "latent_dynamics", args.game)
@@ -336,7 +338,6 @@ def main(args):
     fdm.load_state_dict(saved["fdm"])
     for module in (idm, quantizer, fdm, untrained):
         module.eval()
-
     # --- data
     train = load_split(args, "train", saved, idm, device)
     test = load_split(args, "test", saved, idm, device)
@@ -344,18 +345,16 @@ def main(args):
     if num_points < 50:
         common.fail(f"{test.store.folder} gives {num_points} windows, at least 50 are needed")
     labelled = train.actions is not None and test.actions is not None
-    known = "with" if labelled else "no"
-    print(f"{num_points:,} latents of {args.game} on {device}, {known} true actions")
-    common.lock(run / "latents_metrics.npz")
+    print(f"{num_points:,} latents of {args.game} on {device}, true actions: {labelled}")
 
     # --- probes, each beside the majority class and z of an untrained IDM
     metrics = {}
     if (args.data_dir / args.game / "random").exists():  # as in stage 1
-        random = load_split(args, "random", saved, idm, device)
-        if random.actions is not None:
-            split = int(PROBE_FIT * len(random.z))
-            fit = random.rows(slice(None, split))
-            rest = random.rows(slice(split, None))
+        random_play = load_split(args, "random", saved, idm, device)
+        if random_play.actions is not None:
+            split = int(PROBE_FIT * len(random_play.z))
+            fit = random_play.rows(slice(None, split))
+            rest = random_play.rows(slice(split, None))
             metrics |= probe_metrics("random_", fit, rest, untrained)
     if labelled:
         metrics |= probe_metrics("", train, test, untrained)
@@ -377,10 +376,6 @@ def main(args):
     shuffled = z_q[torch.randperm(num_points)]
     latents = dict(true=z_q, zeroed=0 * z_q, shuffled=shuffled)
     middle, cluster = medoids(z_q.cpu().numpy(), NUM_CLUSTERS, args.seed)
-    kind = "k-means cluster"
-    names = [f"cluster {i + 1}" for i in range(NUM_CLUSTERS)]
-    group = cluster
-    group_z_q = z_q[middle]
     if labelled:
         kind = "true action"
         names = common.ACTIONS
@@ -388,6 +383,11 @@ def main(args):
         means = torch.from_numpy(mean_latents(train)).to(device)
         group_z_q, _, _ = quantizer(means)  # (15, Z): the FDM saw nothing between the codes
         latents["mean_of_action"] = group_z_q[group]
+    else:
+        kind = "k-means cluster"
+        names = [f"cluster {i + 1}" for i in range(NUM_CLUSTERS)]
+        group = cluster
+        group_z_q = z_q[middle]
     if config["quantizer"]:
         vq = config["quantizer"]
         codes = codes.cpu().numpy()
@@ -404,10 +404,9 @@ def main(args):
     arrays = dict(xy=xy, group=group)
     common.save_npz(run / "latents_metrics.npz", settings, **metrics, **arrays)
     title = f"{args.game}: {num_points:,} held-out latents by {kind} ({args.projection})"
-    windows = test.windows.cpu().numpy()
-    plot_map(run / "latents.png", xy, group, names, title, windows, middle)
+    plot_map(run / "latents.png", xy, group, names, title, test.windows.cpu().numpy(), middle)
     title = f"{args.game}: predictions with a typical latent of each {kind}\n"
-    title += "below: minus $o_t$ (x2); on the right: minus the mean of these predictions (x4)"
+    title += "second rows: difference from $o_t$ (left), from the mean prediction (right)"
     plot_fdm(run / "fdm.png", fdm, test.windows, z_q, group_z_q, group, names, title)
     for name, value in metrics.items():
         print(f"{name:36}{value:10.4g}")

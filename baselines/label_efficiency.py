@@ -1,4 +1,4 @@
-"""Baselines: other ways to use the same N labels as decode_offline.py (not in the paper).
+r"""Baselines: other ways to use the same N labels as decode_offline.py (not in the paper).
 
 bc          clones the N labelled frames alone: LAPO's advantage over it is what the video adds
 vpt         an IDM trained on N labelled windows labels all frames to clone (Baker et al. 2022)
@@ -18,7 +18,7 @@ writes  runs/<game>/label_efficiency_<method>.npz: labels [L]; returns, policy_a
 
 Run it as a module, in the folder of the project:
 paper scale   python -m baselines.label_efficiency --game bigfish --methods bc vpt lapo_plus
-on a CPU      python -m baselines.label_efficiency --game miner --methods bc --labels 16 64 256 1024
+on a CPU      python -m baselines.label_efficiency --game miner --methods bc --labels 16 64 256 1024 \
                   --decoder-seeds 3 --labelled-steps 300 --clone-lr 1e-3
 """
 
@@ -95,7 +95,7 @@ def load_labelled_windows(actions, checkpoint, args):
     """
     rows = []
     for seed in range(args.decoder_seeds):
-        rows_of_seed, _ = draw_labels(len(actions), max(args.labels), args, seed)
+        rows_of_seed = draw_labels(len(actions), max(args.labels), args, seed)
         rows.append(rows_of_seed)
     rows = torch.stack(rows)  # (D, N)
     windows = load_windows(rows.flatten(), checkpoint, args)

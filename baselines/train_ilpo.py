@@ -1,4 +1,4 @@
-"""Baseline: ILPO, imitating latent policies from observation (Edwards et al. 2019; paper, A.5).
+r"""Baseline: ILPO, imitating latent policies from observation (Edwards et al. 2019; paper, A.5).
 
 There is no IDM. A generator predicts the change o_{t+1} - o_t for each of K discrete latents, and
 only the nearest of the K predictions is trained, so that each latent stands for one kind of change.
@@ -23,9 +23,9 @@ paper scale   python -m baselines.train_ilpo --game bigfish
   then        python decode_online_ppo.py --game bigfish --method rl --runs-dir runs/ilpo
 one level     python collect_data.py --game coinrun --num-levels 1 --data-dir data/one_level
 (A.5)             --experts-dir experts/one_level
-              python -m baselines.train_ilpo --game coinrun --latents 4 --data-dir data/one_level
+              python -m baselines.train_ilpo --game coinrun --latents 4 --data-dir data/one_level \
                   --runs-dir runs/ilpo_one_level
-on a CPU      python -m baselines.train_ilpo --game miner --latents 4 --multiplier 0.5 --fdm-width 8
+on a CPU      python -m baselines.train_ilpo --game miner --latents 4 --multiplier 0.5 --fdm-width 8 \
                   --batch-size 32 --lr 1e-3 --grad-steps 1000 --eval-every 250
 """
 
@@ -221,8 +221,8 @@ def main(args):
     )
 
     # --- training
-    parts = dict(policy=policy, generator=generator, optimizer=optimizer, sampler=store.generator)
-    start, _ = common.load_state(state, args, parts, frames_id)
+    resumable = dict(policy=policy, generator=generator, optimizer=optimizer, sampler=store)
+    start, _ = common.load_state(state, args, resumable, made_from=frames_id)
     log = common.MetricsLog(run / "train_ilpo.csv", args.grad_steps, "step", start)
     for grad_step in range(start + 1, args.grad_steps + 1):
         # a minibatch of windows o_{t-k} .. o_{t+1}
@@ -253,7 +253,7 @@ def main(args):
                 dynamics_id=common.fingerprint(generator),
                 policy=policy.state_dict(),
             )
-            common.save_state(state, args, grad_step, parts, made_from=frames_id)
+            common.save_state(state, args, grad_step, resumable, made_from=frames_id)
     log.bar.close()
     if not output.exists():
         common.fail(f"{output} is missing though the run is complete; leave out --resume")

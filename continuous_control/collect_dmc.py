@@ -325,8 +325,8 @@ def train_expert(args, recording, path):
     rollout_size = T * B * args.action_repeat  # in steps of the suite
     num_updates = max(1, args.expert_steps // rollout_size)
     state_path = path.with_name(f"{path.stem}_state.pt")
-    parts = dict(policy=policy, optimizer=optimizer, normalize_rewards=normalize_rewards)
-    start, _ = common.load_state(state_path, args, parts)
+    resumable = dict(policy=policy, optimizer=optimizer, normalize_rewards=normalize_rewards)
+    start, _ = common.load_state(state_path, args, resumable)
     normalize_rewards.discounted[:] = 0  # episodes start again
     log = common.MetricsLog(path.with_suffix(".csv"), num_updates * rollout_size, "step", start)
     for update in range(start // rollout_size + 1, num_updates + 1):
@@ -365,7 +365,7 @@ def train_expert(args, recording, path):
             std = policy.log_std.exp().mean()
             log.write(env_step=env_step, mean_return=train_return, std=std, loss=loss)
             if update < num_updates:
-                common.save_state(state_path, args, env_step, parts)
+                common.save_state(state_path, args, env_step, resumable)
     log.bar.close()
     common.save_checkpoint(
         path,

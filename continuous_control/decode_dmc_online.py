@@ -301,11 +301,11 @@ def main(args):
     rollout["frames"][-1] = torch.from_numpy(envs.obs)
 
     # --- training
-    parts = dict(policy=policy, optimizer=optimizer, decoder=decoder, generator=generator)
-    parts["normalize_rewards"] = normalize_rewards
+    resumable = dict(policy=policy, optimizer=optimizer, decoder=decoder, generator=generator)
+    resumable["normalize_rewards"] = normalize_rewards
     curve = dict(env_steps=[], returns=[], episodes=[])
     made_from = common.fingerprint(latent_policy)
-    start, saved = common.load_state(f"{output}_state.pt", args, parts, made_from)
+    start, saved = common.load_state(f"{output}_state.pt", args, resumable, made_from)
     curve = saved.get("curve", curve)
     normalize_rewards.discounted[:] = 0  # episodes start again
     print(f"stage 3, online: {args.method} on {args.game}, {num_updates:,} updates on {device}")
@@ -332,7 +332,7 @@ def main(args):
             std = policy.log_std.exp().mean()
             log.write(**point, std=std, loss=loss, decoder_r2=decoder.r2)
             state = dict(made_from=made_from, curve=curve)
-            common.save_state(f"{output}_state.pt", args, env_step, parts, **state)
+            common.save_state(f"{output}_state.pt", args, env_step, resumable, **state)
     log.bar.close()
     envs.close()
 

@@ -1,6 +1,6 @@
-"""Two animations of --capture-video beside each other, in the same games.
+r"""Two animations of --capture-video beside each other, in the same games.
 
-python -m extras.side_by_side demo/runs/miner/label_efficiency_bc.gif demo/runs/miner/decode_offline.gif \\
+python -m extras.side_by_side demo/runs/miner/label_efficiency_bc.gif demo/runs/miner/decode_offline.gif \
     both.gif --titles "clone of 256 labels" "LAPO, 256 labels"
 """
 

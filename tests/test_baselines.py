@@ -284,7 +284,7 @@ def test_labelled_windows_are_of_the_rows_that_decoders_have_labels_of(work):
     labels = true_actions(work, "train")
     order = [(4, 0), (4, 1), (16, 0), (16, 1)]  # as fit_decoders()
     for (count, seed), (windows, target) in zip(order, labelled, strict=True):
-        rows, _ = decode_offline.draw_labels(len(z), count, args, seed)
+        rows = decode_offline.draw_labels(len(z), count, args, seed)
         places = [tuple(place) for place in z[rows].int().tolist()]
         assert {shard for shard, _ in places} == {0, 1}
         assert shown(windows[:, 1]) == places

@@ -1,5 +1,6 @@
 """Continuous control: shards of the suite, stage 1's probe of float actions, the decoder."""
 
+import copy
 import csv
 import re
 from types import SimpleNamespace
@@ -183,6 +184,9 @@ def test_noise_is_added_to_the_mean_action_before_it_is_clipped(root, tmp_path, 
     sampled, _ = read(tmp_path, "test")
     std = policy.log_std.exp().mean().item()
     assert sampled["noise"].std() == pytest.approx(std, rel=0.2)
+    collect(tmp_path, train_episodes=1, noise=2.0, overwrite=True)
+    loud, _ = read(tmp_path, "test")
+    assert 1.6 < loud["noise"].std() < 2.4 and abs(loud["action"]).max() == 1
     random, _ = read(root, "random")
     assert np.array_equal(random["noise"], random["action"])
 
@@ -248,10 +252,40 @@ def test_an_expert_resumes_after_the_last_saved_update(tmp_path, monkeypatch, ca
     assert f"is at step {20 * batch:,}" in capsys.readouterr().out
     rows = path.with_suffix(".csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["env_step", str(20 * batch), str(22 * batch)]
-    expert, before = load(path), state["parts"]["policy"]
+    expert, before = load(path), state["states"]["policy"]
     assert expert["env_step"] == 22 * batch
     assert not any(torch.equal(weight, before[x]) for x, weight in expert["policy"].items())
     assert not list(tmp_path.glob("experts/*_state.pt")) and not (tmp_path / "data").exists()
+
+
+def test_what_would_follow_a_time_limit_counts_for_the_expert(
+    root, tmp_path, record_calls, monkeypatch
+):
+    """The value of an episode's last state is added to its last reward."""
+    steps, policies = [], []
+
+    class Recorded(collect_dmc.ControlEnvs):
+        def step(self, actions):
+            obs, reward, done = super().step(actions)
+            steps.append((reward.copy(), done.copy(), self.final_states.copy()))
+            return obs, reward, done
+
+    def no_update(policy, *_):
+        policies.append(copy.deepcopy(policy))
+        return torch.zeros(())
+
+    monkeypatch.setattr(collect_dmc, "ControlEnvs", Recorded)
+    monkeypatch.setattr(collect_dmc, "ppo_update", no_update)
+    monkeypatch.setattr(common.RewardNormalizer, "__call__", lambda self, reward, done: reward)
+    calls = record_calls(collect_dmc, "compute_gae")
+    collect(tmp_path, rollout_steps=FRAMES + 5, expert_only=True)
+    ((rewards, _, dones, *_),) = calls
+    assert dones.sum(1).tolist() == [0] * (FRAMES - 1) + [2] + [0] * 5
+    for t, (reward, done, final_states) in enumerate(steps):
+        with torch.no_grad():
+            _, values = policies[0](torch.from_numpy(final_states))
+        expected = torch.from_numpy(reward) + 0.99 * values * torch.from_numpy(done)
+        torch.testing.assert_close(rewards[t], expected)
 
 
 def test_shipped_experts_are_for_their_task():
@@ -542,7 +576,7 @@ def test_online_runs_resume_and_have_a_plot_of_their_own(root, tmp_path, monkeyp
         decode_dmc_online.main(decode_dmc_online.Args(**ONLINE, **flags))
     assert not list(tmp_path.glob("*/decode_online_*.npz"))
     # the first two rollouts, without the first frame of each environment
-    decoder = load(run_dir / "decode_online_rl_sl_state.pt")["parts"]["decoder"]
+    decoder = load(run_dir / "decode_online_rl_sl_state.pt")["states"]["decoder"]
     assert len(decoder["z"]) == len(decoder["actions"]) == 2 * (16 - 1)
     fits = []
     plain_fit = decode_dmc_online.fit
@@ -561,7 +595,7 @@ def test_online_runs_resume_and_have_a_plot_of_their_own(root, tmp_path, monkeyp
     # the last fit has one more rollout, of new episodes; then transitions are released
     assert [len(actions) for actions in fits] == [2 * (16 - 1) + 2 * (8 - 1)]
     assert torch.equal(fits[0][: 2 * (16 - 1)], decoder["actions"])
-    assert len(load(run_dir / "decode_online_rl_sl_state.pt")["parts"]["decoder"]["z"]) == 0
+    assert len(load(run_dir / "decode_online_rl_sl_state.pt")["states"]["decoder"]["z"]) == 0
     (run_dir / "latent_dynamics.pt").unlink()
     decode_dmc_online.main(decode_dmc_online.Args(**ONLINE, runs_dir=tmp_path, method="rl"))
     assert (run_dir / "decode_online_rl.png").exists()
@@ -582,6 +616,13 @@ def test_pictures_and_metrics(root):
     for name in ("probe", "noise_probe", "noise_probe_untrained", "random_probe", "supervised"):
         assert saved[name].shape == (6,) and (saved[name] <= 1).all()
     assert all((run_dir / name).exists() for name in ("latents.png", "film.png", "film.gif"))
+
+
+def test_the_noise_of_a_window_is_that_of_its_frame(root):
+    """On random play, noise and action are one."""
+    flags = dict(game=GAME, data_dir=root / "data", points=8)
+    split = visualize_dmc.load_split(visualize_dmc.Args(**flags), "random", 1, torch.device("cpu"))
+    assert 1 < len(split.actions) <= 8 and np.array_equal(split.noise, split.actions)
 
 
 def test_latents_are_pushed_along_their_principal_directions():

@@ -140,8 +140,22 @@ def test_labels_belong_to_their_latents(root):
 
 def test_schedules_by_hand():
     args = online.Args()
-    refits = [update for update in range(1, 977) if online.refit_is_due(update, args)]
-    assert refits == [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 20, 40, 60, 80]  # 12,288 to 327,680 steps
+    assert online.refit_updates(args) == [
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+        10,
+        11,
+        12,
+        20,
+        40,
+        60,
+        80,
+    ]  # 12,288 to 327,680 steps
     steps = (0, 35_000, 42_500, 50_000, 2_025_000, 4_000_000)
     rates = [online.learning_rate(x, args.action_lr_ramp, 0.01, args.env_steps) for x in steps]
     np.testing.assert_allclose(rates, [0, 0, 0.00125, 0.0025, 0.00125, 0], atol=1e-12)

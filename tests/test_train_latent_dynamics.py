@@ -239,15 +239,16 @@ def test_bad_input_gives_one_line_before_training(tmp_path):
     assert "frames_000.npz is damaged" in fails(run, stage1, root)
     test.unlink()
     assert "collect_data.py writes them" in fails(run, stage1, root)
-    assert not (root / "runs").exists()
+    assert not (root / "runs/maze/latent_dynamics.pt").exists()
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
     root = write_toy_data(tmp_path)
+    run(stage1, root)
+    output = root / "runs/maze/latent_dynamics.pt"
+    before = output.read_bytes()
     assert "not finite at step 2" in fails(run, stage1, root, lr=float("inf"))
-    checkpoint = load(root / "runs/maze/latent_dynamics.pt")
-    assert checkpoint["grad_step"] == 0
-    assert all(weight.isfinite().all() for weight in checkpoint["idm"].values())
+    assert output.read_bytes() == before
 
 
 def test_latents_beyond_float16_end_the_run_before_the_checkpoint(tmp_path, monkeypatch):
@@ -262,7 +263,7 @@ def test_latents_beyond_float16_end_the_run_before_the_checkpoint(tmp_path, monk
     assert "latents have grown to 7e+04, beyond float16; try --z-std 0" in fails(
         run, stage1, root, vq=False
     )
-    assert load(root / "runs/maze/latent_dynamics.pt")["grad_step"] == 0
+    assert not (root / "runs/maze/latent_dynamics.pt").exists()
     stage1.check_range(torch.tensor([[65_504.0, -1.5]]))  # the largest number of float16
     assert "beyond float16" in fails(stage1.check_range, torch.tensor([[65_536.0]]))
     assert "beyond float16" in fails(stage1.check_range, torch.tensor([[float("nan")]]))
