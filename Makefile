@@ -51,7 +51,7 @@ demo: .venv/installed
 	$(MAKE) --no-print-directory -j2 $(DEMO_TASKS)
 	$(PY) -m extras.demo_table $(call DEMO,runs)
 demo-stage-1:
-	$(PY) train_latent_dynamics.py $(call DEMO,runs) $(DEMO_1) --grad-steps 1250 --eval-every 250
+	$(PY) train_latent_dynamics.py $(call DEMO,runs) $(DEMO_1) --grad-steps 1500 --eval-every 250
 demo-stage-2: demo-stage-1
 	$(PY) train_latent_bc.py $(call DEMO,runs) $(DEMO_2)
 demo-offline: demo-stage-2

@@ -160,7 +160,8 @@ def last_values(rows, column):
 
 def stages(folder, *steps):
     stage_1 = plot_figures.read_table(folder / "stage_1.csv")
-    stage_2 = plot_figures.read_table(folder / "stage_2.csv")
+    path = folder / "stage_2.csv"
+    stage_2 = plot_figures.read_table(path) if path.exists() else []
     lines = []
     for game in sorted({row["game"] for row in stage_1}):
         for variant in sorted({row["variant"] for row in select(stage_1, game=game)}):

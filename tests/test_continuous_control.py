@@ -563,6 +563,18 @@ def test_online_time_ends_episodes_so_the_value_of_the_last_frame_counts(
     assert [len(call[1]) for call in calls] == [9] * 6
 
 
+def test_a_saved_decoder_is_restored_with_its_transitions():
+    device = torch.device("cpu")
+    one, two = (decode_dmc_online.OnlineDecoder(None, 8, 2, 3, None, device) for _ in range(2))
+    torch.nn.init.normal_(one.decoder.layers[-1].weight)
+    one.decoder.mean.fill_(0.5)
+    one.r2, one.z, one.actions = 0.25, torch.rand(5, 8).half(), torch.rand(5, 2)
+    two.load_state_dict(one.state_dict())
+    z = torch.randn(4, 8)
+    assert torch.equal(one(z), two(z)) and one(z).abs().max() <= 1 and two.r2 == 0.25
+    assert torch.equal(one.z, two.z) and torch.equal(one.actions, two.actions)
+
+
 def test_online_runs_resume_and_have_a_plot_of_their_own(root, tmp_path, monkeypatch, capsys):
     flags = dict(runs_dir=tmp_path, resume=True)
     run_dir, save_state = link_run(root, tmp_path), common.save_state

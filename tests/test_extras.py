@@ -4,11 +4,11 @@ import common  # before torch
 import numpy as np
 import pytest
 import torch
-from conftest import PaysForActions, fails, load, run
+from conftest import ROOT, PaysForActions, fails, load, run
 from PIL import Image
 
 import decode_offline
-from extras import demo_table, pack, side_by_side
+from extras import demo_table, pack, play_latents, rollouts, side_by_side
 
 
 def test_packed_files_are_a_smaller_run(root, monkeypatch):
@@ -126,3 +126,19 @@ def test_a_video_shows_each_game_until_its_episode_ends(monkeypatch, tmp_path, s
     pixels = np.array(video.convert("RGB"))[::64, ::64, 0].flatten().tolist()
     if steps == 3:  # game 0 has stopped at its first frame, game 1 at its second
         assert pixels == [0, 21, 42, 62, 82, 102, 122, 142]
+
+
+@torch.no_grad()
+def test_the_shipped_weights_play():
+    """What `make play` serves: the FDM's prediction changes with the key, and the policy plays."""
+    folders = dict(data_dir=ROOT / "assets/data", runs_dir=ROOT / "assets/runs")
+    args = play_latents.Args(game="miner", device="cpu", **folders)
+    files = [path for path in (ROOT / "assets").rglob("*.*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 3e6
+    world = play_latents.World(args)
+    predicted = rollouts.rollout(world.fdm, world.past.repeat(5, 1, 1, 1, 1), world.z_q[:5], 1)
+    different = {frame.numpy().tobytes() for frame in predicted[:, -1]}
+    assert len(different) == 5
+    for _ in range(3):
+        status = world.press("p")["status"]
+    assert status.startswith("step 3, return") and "true action: " in status
