@@ -335,7 +335,7 @@ def test_rows_windows_and_labels_of_shards_belong_together(tmp_path):
     """Shards of different lengths, streamed: each window's true action and latent is its own."""
     folder = tmp_path / "maze/train"
     number = 0
-    for shard, length in enumerate((12, 20, 7, 15)):
+    for shard, length in enumerate((12, 20, 7, 15, 9, 13, 20, 11)):
         z = number + np.arange(length)
         number += length
         obs = np.tile(z.astype(np.uint8)[:, None, None, None], (1, 16, 16, 3))
@@ -347,9 +347,10 @@ def test_rows_windows_and_labels_of_shards_belong_together(tmp_path):
         latents = dict(z=z[:, None].astype(np.float16), valid=common.valid_windows(first, 1))
         common.save_npz(folder / f"latents_{shard:03d}.npz", source, **latents)
     args = common.RunArgs(game="maze", data_dir=tmp_path, runs_dir=tmp_path)
-    for pool_frames in (1000, 50):
+    for pool_frames in (1000, 100):  # all shards, or two at a time in any order
         store = common.FrameStore(args, "train", 1, torch.device("cpu"), "abc", pool_frames)
-        assert store.streams == (pool_frames == 50)
+        assert store.streams == (pool_frames == 100)
+        assert len(store.paths) == (2 if store.streams else 8)
         for _ in range(20):
             rows = store.draw(5)
             shown = store.frames_at(rows)[:, 0, 0, 0].long()
