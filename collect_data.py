@@ -244,6 +244,7 @@ def train_expert(args, settings, device, path):
     """Trains an ExpertPolicy with PPO; writes it, in half precision, to `path`."""
     run = args.runs_dir / args.game
     common.lock(run / "expert.csv")
+    common.lock(path)
     policy = ExpertPolicy(args.frame_size, args.expert_multiplier)
     policy.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.expert_lr, eps=1e-5, fused=True)

@@ -408,6 +408,10 @@ def new_folder(folder, overwrite):
     part, complete, old = (
         folder.with_name(folder.name + x) for x in (".part", ".complete", ".old")
     )
+    if old.exists() and folder.exists():  # of a run that was killed after the swap
+        shutil.rmtree(old)
+    elif old.exists() and not complete.exists():
+        old.rename(folder)
     if complete.exists():
         fail(f"{complete} is a finished recording that is not in its place; rename or remove it")
     if folder.exists():
@@ -785,7 +789,13 @@ def load_state(path, args, resumable, made_from=None):
     state = load_checkpoint(path, "run state", args.game)
     for flag, value in vars(args).items():
         saved = state["flags"].get(flag)
-        free = flag in ("resume", "device", "compile", "overwrite") or flag.endswith("_dir")
+        free = flag in (
+            "resume",
+            "device",
+            "compile",
+            "overwrite",
+            "capture_video",
+        ) or flag.endswith("_dir")
         if str(value) != saved and not free:
             flag = flag.replace("_", "-")
             fail(f"--{flag} is {value}, but the run in {path} has {saved}; resume with its flags")
