@@ -13,8 +13,9 @@ on a CPU        python collect_data.py --game miner --solver --frame-size 32 \
                     --train-frames 262_144 --test-frames 16_384
                 python collect_data.py --game starpilot --plain --frame-size 32 --minibatches 16 \
                     --expert-multiplier 0.5 --expert-steps 3_000_000 --train-frames 131_072
-from scratch    python collect_data.py --game bigfish --train-frames 0 --expert-steps 4_000_000 \
-(PPO, 6.1)          --expert-multiplier 4 --runs-dir runs/scratch --experts-dir runs/scratch/experts
+PPO from scratch (6.1)
+                python collect_data.py --game bigfish --train-frames 0 --expert-steps 4_000_000 \
+                    --expert-multiplier 4 --runs-dir runs/scratch --experts-dir runs/scratch/experts
 """
 
 import shutil
@@ -63,7 +64,7 @@ class Args(common.RunArgs):
     random_play: bool = False
     """Record uniformly random actions in every split; no expert is needed."""
     temperature: float = 1.0
-    """Divides the expert's logits when it is evaluated and recorded; 1 (the paper's) samples it."""
+    """Divides the expert's logits when it is evaluated and recorded; 1 leaves them as they are."""
 
     expert_steps: int = 25_000_000
     """Environment steps of PPO (Cobbe et al.; section 5 says 50M, 6.1 says 25M)."""
@@ -465,7 +466,7 @@ def main(args):
 
     paper = common.GAMES[args.game]
     returns = dict(random_return=paper.random_return, expert_return=mean_return("expert"))
-    if args.num_levels:  # the paper's is of all levels
+    if args.num_levels:  # the paper's number is of all levels
         returns["random_return"] = mean_return("random")
     print(
         f"mean return: expert {returns['expert_return']:.2f}, random policy "

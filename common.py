@@ -1,5 +1,5 @@
-"""Helpers that have one correct answer and teach nothing about LAPO: Procgen's games, flags and
-endings, files, windows of frames, resuming, metrics and plots.
+"""Helpers that have one correct answer and teach nothing about LAPO: Procgen's games, flags, error
+exits, files, windows of frames, resuming, metrics and plots.
 """
 
 import collections
@@ -99,7 +99,7 @@ def normalize_return(value, random_return, expert_return):
     return (value - random_return) / ((expert_return - random_return) or np.nan)
 
 
-# --- flags, endings, seeds ------------------------------------------------------------------------
+# --- flags, error exits, seeds --------------------------------------------------------------------
 
 
 @dataclass
@@ -153,7 +153,7 @@ def run(main, args_class):
         main(tyro.cli(args_class))
     except KeyboardInterrupt:
         resumable = "resume" in args_class.__dataclass_fields__
-        fail("stopped; --resume continues from the last row of metrics" if resumable else "stopped")
+        fail("stopped; --resume continues from the last saved state" if resumable else "stopped")
     except OSError as error:
         known = "ENOSPC EDQUOT EROFS EACCES EPERM EPIPE ENOLCK".split()
         if errno.errorcode.get(error.errno) not in known:
@@ -343,8 +343,9 @@ def capture_video(path, recording, act, seed, max_steps=300):
     playing = np.ones(8, bool)
     pictures = []
     while playing.any() and len(pictures) < max_steps:
-        grid = shown.reshape(2, 4, 64, 64, 3).swapaxes(1, 2)
-        pictures.append(Image.fromarray(grid.reshape(128, 256, 3)))
+        framed = np.pad(shown, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        grid = framed.reshape(2, 4, 66, 66, 3).swapaxes(1, 2)
+        pictures.append(Image.fromarray(grid.reshape(132, 264, 3)))
         _, _, done = envs.step(act(envs.obs))
         playing &= ~done
         shown[playing] = envs.rendered[playing]
@@ -405,12 +406,12 @@ def new_folder(folder, overwrite):
     """
     folder = folder.resolve()  # a link stays a link: what it points to is replaced
     lock(folder)
-    part, complete, old = (
-        folder.with_name(folder.name + x) for x in (".part", ".complete", ".old")
-    )
+    part = folder.with_name(f"{folder.name}.part")
+    complete = folder.with_name(f"{folder.name}.complete")
+    old = folder.with_name(f".{folder.name}.old")
     if old.exists() and folder.exists():  # of a run that was killed after the swap
         shutil.rmtree(old)
-    elif old.exists() and not complete.exists():
+    elif old.exists() and not complete.exists():  # before it
         old.rename(folder)
     if complete.exists():
         fail(f"{complete} is a finished recording that is not in its place; rename or remove it")
@@ -654,7 +655,7 @@ class FrameStore:
         self._start(loads=0)
 
     def _start(self, loads):
-        """Reads the shards that follow after this number of loads, each of num_shards."""
+        """Makes the load that follows after `loads` earlier ones, of num_shards shards each."""
         order = self.all_paths
         if self.streams:
             generator = torch.Generator().manual_seed(self.order_seed)
@@ -670,7 +671,7 @@ class FrameStore:
         )
 
     def load_state_dict(self, saved):
-        if saved["loads"] != self.loads:
+        if saved["loads"] != self.loads:  # _start() makes the last of them itself
             self._start(saved["loads"] - 1)
         self.draws_left = saved["draws_left"]
         self.generator.set_state(saved["generator"])

@@ -249,11 +249,13 @@ def play_blindly(actions, recording, args):
     """Mean return of a policy that draws actions as often as they occur in actions [n]."""
     rng = np.random.default_rng(common.derive_seed(args.seed, "blind policy"))
     frequencies = np.bincount(actions, minlength=common.NUM_ACTIONS) / len(actions)
+
+    def act(obs):
+        return rng.choice(common.NUM_ACTIONS, size=len(obs), p=frequencies)
+
     seed = common.derive_seed(args.seed, "decode offline")
-    envs = common.ProcgenEnvs(recording, 64, seed)
-    return common.play_episodes(
-        envs, lambda obs: rng.choice(common.NUM_ACTIONS, size=len(obs), p=frequencies), 4
-    ).mean()
+    envs = common.ProcgenEnvs(recording, num_envs=64, seed=seed)
+    return common.play_episodes(envs, act, episodes_per_env=4).mean()
 
 
 def main(args):

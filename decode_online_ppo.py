@@ -9,8 +9,8 @@ reads   runs/<game>/latent_policy.pt, and for rl_sl latent_dynamics.pt (the IDM)
 writes  runs/<game>/decode_online_<method>.npz, .pt, .png, .csv and .gif
 
 paper scale   python decode_online_ppo.py --game bigfish
-on a CPU      python decode_online_ppo.py --game miner --env-steps 300_000 --log-every-steps 20_000 \
-                  --hidden-lr-ramp 50_000 100_000 0.1
+on a CPU      python decode_online_ppo.py --game miner --env-steps 300_000 \
+                  --log-every-steps 20_000 --hidden-lr-ramp 50_000 100_000 0.1
 """
 
 import copy
@@ -187,8 +187,8 @@ class ActionDecoder(nn.Module):
 
 
 class OnlinePolicy(nn.Module):
-    """What PPO trains: a copy of the layer after the frozen convolutions (the decoder is fed by the
-    latent policy's own), an action head and a value head.
+    """What PPO trains: a copy of the layer after the frozen convolutions, an action head and a
+    value head. The decoder's input still comes from the latent policy's own, frozen layer.
     """
 
     def __init__(self, hidden, with_decoder):
@@ -206,12 +206,12 @@ class OnlinePolicy(nn.Module):
         """For Adam: each part has a learning rate of its own."""
         return [dict(params=getattr(self, layer).parameters(), lr=0.0) for layer in TRAINED_LAYERS]
 
-    def forward(self, features, decoded):
+    def forward(self, features, decoder_logits):
         """features (B, F), the decoder's logits (B, 15) -> logits (B, 15), value (B,)"""
         h = F.relu(self.hidden(features))  # (B, 256)
         logits = self.action(h)
         if self.with_decoder:
-            logits = (logits + decoded) / 2
+            logits = (logits + decoder_logits) / 2
         return logits, self.value(h)[:, 0]
 
 
@@ -263,7 +263,9 @@ def ppo_loss(logits, values, batch, args):
 
 
 def ppo_update(policy, optimizer, rollout, args, generator):
-    """Epochs of minibatches over a rollout, see new_rollout(). Returns the metrics of the last one."""
+    """Epochs of minibatches over a rollout, see new_rollout(). Returns the metrics of the last
+    minibatch.
+    """
     T = len(rollout["actions"])
     dones = rollout["first"][-T:]  # where the next frame opens an episode, one has ended
     advantages, targets = compute_gae(
@@ -271,7 +273,7 @@ def ppo_update(policy, optimizer, rollout, args, generator):
     )
     steps = dict(
         features=rollout["features"].flatten(0, 1),
-        decoded=rollout["decoded"].flatten(0, 1),
+        decoder_logits=rollout["decoder_logits"].flatten(0, 1),
         actions=rollout["actions"].flatten(),
         logprobs=rollout["logprobs"].flatten(),
         values=rollout["values"][:T].flatten(),
@@ -283,7 +285,7 @@ def ppo_update(policy, optimizer, rollout, args, generator):
         order = torch.randperm(num_steps, generator=generator, device=generator.device)
         for rows in order.tensor_split(args.minibatches):
             batch = {name: x[rows] for name, x in steps.items()}
-            logits, values = policy(batch["features"], batch["decoded"])
+            logits, values = policy(batch["features"], batch["decoder_logits"])
             loss, metrics = ppo_loss(logits, values, batch, args)
             optimizer.zero_grad()
             loss.backward()
@@ -377,8 +379,8 @@ def fit_decoder(decoder, z, actions, args, generator):
 
 
 class OnlineDecoder:
-    """The supervised half (SL): an ActionDecoder, and the transitions that it is fitted on, which are
-    all of the agent's own until its last fit, as the IDM labels them.
+    """The supervised half (SL): an ActionDecoder, and the transitions that it is fitted on. These
+    are all of the agent's own until its last fit, as the IDM labels them.
     """
 
     def __init__(self, idm, z_dim, args, device):
@@ -466,7 +468,7 @@ def new_rollout(args, checkpoint, num_features, device):
         frames=torch.zeros((num_frames, B, S, S, 3), dtype=torch.uint8, device=device),
         first=torch.ones((num_frames, B), dtype=torch.bool, device=device),
         features=torch.zeros((T, B, num_features), device=device),
-        decoded=torch.zeros((T, B, common.NUM_ACTIONS), device=device),
+        decoder_logits=torch.zeros((T, B, common.NUM_ACTIONS), device=device),
         actions=torch.zeros((T, B), dtype=torch.long, device=device),
         logprobs=torch.zeros((T, B), device=device),
         rewards=torch.zeros((T, B), device=device),
@@ -475,9 +477,9 @@ def new_rollout(args, checkpoint, num_features, device):
 
 
 @torch.no_grad()
-def play_rollout(rollout, envs, encode, policy, normalize_rewards, generator):
-    """Plays T steps and writes them into the storage. encode: frames uint8 (B, S, S, 3) -> features
-    (B, F) and the decoder's logits (B, 15), which all epochs of PPO use.
+def play_rollout(rollout, envs, frozen_forward, policy, normalize_rewards, generator):
+    """Plays T steps and writes them into the storage. frozen_forward: frames uint8 (B, S, S, 3) ->
+    features (B, F) and the decoder's logits (B, 15), which all epochs of PPO use.
     """
     T = len(rollout["actions"])
     now = len(rollout["frames"]) - T - 1  # k, the row of the first frame to act on
@@ -485,12 +487,12 @@ def play_rollout(rollout, envs, encode, policy, normalize_rewards, generator):
     for name in ("frames", "first"):
         rollout[name][: now + 1] = rollout[name][T:].clone()
     for t in range(T):
-        # sample an action given o_t, from the mean of both heads' logits
-        features, decoded = encode(rollout["frames"][now + t])
-        logits, rollout["values"][t] = policy(features, decoded)
+        # sample an action given o_t
+        features, decoder_logits = frozen_forward(rollout["frames"][now + t])
+        logits, rollout["values"][t] = policy(features, decoder_logits)
         action = sample_actions(logits, generator)
         rollout["features"][t] = features
-        rollout["decoded"][t] = decoded
+        rollout["decoder_logits"][t] = decoder_logits
         rollout["actions"][t] = action
         logprobs = logits.log_softmax(-1)  # (B, 15)
         rollout["logprobs"][t] = logprobs.gather(1, action[:, None])[:, 0]
@@ -499,8 +501,8 @@ def play_rollout(rollout, envs, encode, policy, normalize_rewards, generator):
         rollout["frames"][now + t + 1] = torch.from_numpy(obs)
         rollout["first"][now + t + 1] = torch.from_numpy(done)
         rollout["rewards"][t] = torch.from_numpy(normalize_rewards(reward, done))
-    features, decoded = encode(rollout["frames"][-1])
-    _, rollout["values"][T] = policy(features, decoded)
+    features, decoder_logits = frozen_forward(rollout["frames"][-1])
+    _, rollout["values"][T] = policy(features, decoder_logits)
 
 
 def check_schedules(args):
@@ -568,13 +570,13 @@ def main(args):
     rollout = new_rollout(args, checkpoint, latent_policy.cnn.num_features, device)
     rollout["frames"][-1] = torch.from_numpy(envs.obs)
 
-    def encode(obs):
+    def frozen_forward(obs):
         features = latent_policy.features(obs)
         return features, decoder(latent_policy.latent(features))
 
     def compute_logits(obs):
-        features, decoded = encode(obs)
-        logits, _ = policy(features, decoded)
+        features, decoder_logits = frozen_forward(obs)
+        logits, _ = policy(features, decoder_logits)
         return logits
 
     # --- training
@@ -593,9 +595,9 @@ def main(args):
     log = common.MetricsLog(f"{output}.csv", num_updates * rollout_size, "step", start)
     for update in range(start // rollout_size + 1, num_updates + 1):
         # play T steps of each game
-        play_rollout(rollout, envs, encode, policy, normalize_rewards, generator)
-        # RL: PPO, at the learning rates of the step at which this rollout began (official code); all
-        # are 0 for the first 25,000 steps
+        play_rollout(rollout, envs, frozen_forward, policy, normalize_rewards, generator)
+        # RL: PPO, at the learning rates of the step at which this rollout began (official code);
+        # all are 0 for the first 25,000 steps
         set_learning_rates(optimizer, (update - 1) * rollout_size, args)
         metrics = ppo_update(policy, optimizer, rollout, args, generator)
         # SL: the IDM labels these transitions, the decoder is refitted on all so far

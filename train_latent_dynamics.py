@@ -9,10 +9,10 @@ reads   data/<game>/{train,test,random}/frames_NNN.npz (labels, if there, for me
 writes  runs/<game>/latent_dynamics.pt, {train,test}/latents_NNN.npz, train_latent_dynamics.csv
 
 paper scale   python train_latent_dynamics.py --game bigfish
-on a CPU      python train_latent_dynamics.py --game miner --multiplier 0.5 --fdm-width 8 --lr 1e-3 \
-                  --batch-size 64 --vq-decay 0.99 --predict-change --z-std 0.2 --grad-steps 1500 \
-                  --eval-every 250
-no VQ (A.2)   python train_latent_dynamics.py --game bigfish --no-vq --runs-dir runs/no_vq
+on a CPU      python train_latent_dynamics.py --game miner --multiplier 0.5 --fdm-width 8 \
+                  --lr 1e-3 --batch-size 64 --vq-decay 0.99 --predict-change --z-std 0.2 \
+                  --grad-steps 1500 --eval-every 250
+no VQ (6.1)   python train_latent_dynamics.py --game bigfish --no-vq --runs-dir runs/no_vq
 """
 
 import functools
@@ -46,7 +46,7 @@ class Args(common.RunArgs):
     """Gradient steps between evaluations, checkpoints and saved states."""
 
     vq: bool = True
-    """Quantize latent actions; --no-vq is the paper's ablation (A.2)."""
+    """Quantize latent actions; --no-vq is the paper's ablation (6.1, A.2)."""
     context: int = 1
     """k: frames before o_t that both models see (A.4)."""
     codebooks: int = 2
@@ -147,8 +147,8 @@ class EMAVectorQuantizer(nn.Module):
         start = torch.empty(codebooks, embeddings, embedding_dim).uniform_(-1, 1) * 5 / embeddings
         self.register_buffer("embedding", start)  # (C, K, E) = ema_sum / ema_count
         # Counts start at 1 to match the sums. With counts of 0 (official code) the first update
-        # divides unused sums by about 1e-5, and the codes explode. (A batch so large that 1 is below
-        # a tenth of the average count restarts unused codes at the first update; see update().)
+        # divides unused sums by about 1e-5, and the codes explode. In a batch so large that 1 is
+        # below a tenth of the average count, unused codes restart at once, see update().
         self.register_buffer("ema_count", torch.ones(codebooks, embeddings))  # (C, K)
         self.register_buffer("ema_sum", start.clone())  # (C, K, E)
 
@@ -180,9 +180,8 @@ class EMAVectorQuantizer(nn.Module):
         # Revive dead codes (not in the official code). A code that is used less than a tenth as
         # often as the average one restarts at a random sub-vector, with the average count.
         average_count = x.shape[1] / num_embeddings
-        candidates = x[
-            :, torch.randint(x.shape[1], (num_embeddings,), device=x.device)
-        ]  # (C, K, E)
+        rows = torch.randint(x.shape[1], (num_embeddings,), device=x.device)
+        candidates = x[:, rows]  # (C, K, E): random sub-vectors of the batch
         dead = self.ema_count < 0.1 * average_count  # (C, K)
         self.ema_count.masked_fill_(dead, average_count)
         self.ema_sum.copy_(torch.where(dead[..., None], average_count * candidates, self.ema_sum))
@@ -256,9 +255,11 @@ class FDM(nn.Module):
         )
         self.down = nn.ModuleList(DownBlock(i, o) for i, o in zip(widths, widths[1:]))
         self.bottom = nn.Conv2d(widths[-1], bottom_width, 2)  # (B, 16 width, 2, 2) -> 1x1
-        # at 64x64: 1x1, 768 + z -> 2x2, 384; with the skip of 384 -> 4x4, 192; .. -> 64x64, 24
+        # up blocks at 64x64: 2x2 with 384 channels, 4x4 192, 8x8 96, 16x16 48, 32x32 24, 64x64 24
         self.up = nn.ModuleList([UpBlock(bottom_width + z_dim, widths[-1])])
-        for skip_width, out_width in zip(reversed(widths), [*reversed(widths[:-1]), width]):
+        skip_widths = widths[::-1]  # 384, 192, 96, 48, 24
+        out_widths = skip_widths[1:] + [width]  # 192, 96, 48, 24, 24
+        for skip_width, out_width in zip(skip_widths, out_widths):
             self.up.append(UpBlock(2 * skip_width, out_width))  # doubled by the skip connection
         self.last = nn.Sequential(
             nn.Conv2d(width + past_channels, width, 3, padding=1),
@@ -322,8 +323,9 @@ def perplexity(codes, embeddings):
 
 
 def linear_probe(z, actions, test_z, test_actions):
-    """Accuracy of a linear classifier of z, fitted on z, actions; and of their majority class. Of
-    continuous actions float [N, A]: R^2 of a linear regression; and of their mean.
+    """Scores on the test set of a linear probe of z and of a constant prediction, both fitted on
+    z, actions. Discrete actions [N]: accuracy, and that of the majority class. Continuous actions
+    float [N, A]: R^2 of ridge regression, and of the mean action.
     """
     probe = LogisticRegression(C=0.1, max_iter=1000)
     constant = DummyClassifier()
@@ -394,7 +396,8 @@ def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device
     quantizer.eval()
     dynamics_id = common.fingerprint(idm, quantizer)
     z_dim = idm.head.out_features
-    num_codes = quantizer(torch.zeros(1, z_dim, device=device))[2].shape[1]
+    _, _, some_codes = quantizer(torch.zeros(1, z_dim, device=device))
+    num_codes = some_codes.shape[1]  # C * P; 0 without VQ
     paths = common.list_shards(frames_dir)
     bar = common.progress_bar(len(paths), "shard", f"latents of {frames_dir}")
     read = functools.partial(common.read_shard, game=game, context=context)
@@ -522,7 +525,7 @@ def main(args):
         metrics = dict(train_mse=train_mse, commitment_loss=commitment_loss)
         metrics |= evaluate(idm, quantizer, fdm, *evaluation_windows)
         log.write(grad_step=grad_step, **metrics)
-        if grad_step == 0 < args.grad_steps:
+        if grad_step == 0 and args.grad_steps > 0:
             return  # an earlier checkpoint stays until there is a trained one
         if args.vq and metrics["perplexity_mean"] < 1.5 and grad_step:
             log.bar.write("warning: the codebooks have collapsed, see README, Troubleshooting")

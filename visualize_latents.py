@@ -51,7 +51,8 @@ class Args(common.RunArgs):
     projection: Literal["umap", "tsne", "pca"] = "umap"
     """How latents are mapped to two dimensions (the paper: UMAP)."""
     supervised_steps: int = 3000
-    """Updates of an IDM trained on true actions, an upper bound for the probes; 0 leaves it out."""
+    """Updates of an IDM trained on true actions of the frames in memory: a reference, and with few
+    updates not an upper bound; 0 leaves it out."""
 
 
 class Split(NamedTuple):
@@ -73,7 +74,7 @@ class Split(NamedTuple):
 
 @torch.enable_grad()
 def train_supervised(idm, store, steps, batch_size=128):
-    """On true actions: an upper bound to report, used for nothing else."""
+    """On true actions, to report beside the probes; used for nothing else."""
     actions = torch.from_numpy(common.true_actions_to_report_on(store, store.rows))
     optimizer = torch.optim.Adam(idm.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
@@ -140,7 +141,7 @@ def probe_metrics(prefix, fit, test, untrained):
 
 
 def mean_latents(split):
-    """float32 [15, Z]: the mean z of each action; the mean of all where an action does not occur."""
+    """float32 [15, Z]: the mean z of each action; the mean of all for one that does not occur."""
     means = np.tile(split.z.mean(0), (common.NUM_ACTIONS, 1))
     for action in np.unique(split.actions):
         means[action] = split.z[split.actions == action].mean(0)

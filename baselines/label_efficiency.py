@@ -3,12 +3,12 @@ r"""Baselines: other ways to use the same N labels as decode_offline.py (not in 
 bc          clones the N labelled frames alone: LAPO's advantage over it is what the video adds
 vpt         an IDM trained on N labelled windows labels all frames to clone (Baker et al. 2022)
 lapo_plus   the offline decoder labels all z_t, a policy clones that (arXiv 2602.02762)
-bc_all      clones all frames with their true labels: an upper bound, one policy for each seed
+bc_all      clones all frames with their true labels, one policy for each seed
 
 A policy is the latent policy's network with 15 outputs. There is one for each N and seed: 50 for
 each method at the defaults, which is why those that clone all frames get a sixth of stage 2's
-updates, and share minibatches. Labelled rows, held-out rows, games and numbers of episodes are those
-of decode_offline.py.
+updates, and share minibatches. Labelled rows, held-out rows, games and numbers of episodes are
+those of decode_offline.py.
 
 reads   data/<game>/{train,test}/frames_NNN.npz, labels_NNN.npz, runs/<game>/latent_policy.pt (sizes
         alone), {train,test}/latents_NNN.npz
@@ -18,8 +18,8 @@ writes  runs/<game>/label_efficiency_<method>.npz: labels [L]; returns, policy_a
 
 Run it as a module, in the folder of the project:
 paper scale   python -m baselines.label_efficiency --game bigfish --methods bc vpt lapo_plus
-on a CPU      python -m baselines.label_efficiency --game miner --methods bc --labels 16 64 256 1024 \
-                  --decoder-seeds 3 --labelled-steps 300 --clone-lr 1e-3
+on a CPU      python -m baselines.label_efficiency --game miner --methods bc \
+                  --labels 16 64 256 1024 --decoder-seeds 3 --labelled-steps 300 --clone-lr 1e-3
 """
 
 import functools
@@ -120,8 +120,8 @@ def new_networks(network_class, count, device, **config):
 
 
 def train(networks, draw, steps, lr, label_smoothing, description):
-    """Trains each network by cross entropy, as if it were alone. draw() returns a minibatch for each
-    network: inputs (B, ...) and targets, int64 (B,) or probabilities (B, 15).
+    """Trains each network by cross entropy, as if it were alone. draw() returns a minibatch for
+    each network: inputs (B, ...) and targets, int64 (B,) or probabilities (B, 15).
     """
     weights = []
     for network in networks:
@@ -163,9 +163,9 @@ def train_on_labelled(networks, labelled, args, device, description):
 
 @torch.no_grad()
 def soft_labels(obs, labellers, inputs):
-    """o_t (B, S, S, 3) and, for policy d, probabilities of actions (B, 15) by labeller d. A clone of
-    the most probable actions alone would never play the others where inputs do not determine the
-    action; LAPO's decoder, whose actions are sampled, plays them.
+    """o_t (B, S, S, 3) and, for policy d, probabilities of actions (B, 15) by labeller d. A clone
+    of the most probable actions alone would never play the others where inputs do not determine
+    the action; LAPO's decoder, whose actions are sampled, plays them.
     """
     return [(obs, labeller(inputs).softmax(-1)) for labeller in labellers]
 

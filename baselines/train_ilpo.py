@@ -9,11 +9,11 @@ Nothing keeps all K latents in use: one that is never the nearest is never train
 Kyrki (2023) describe this collapse, so the histogram of nearest latents and the entropy of pi are
 logged: a perplexity near 1 means that one latent stands for every change.
 
-Both losses and Adam's settings are those of Edwards et al. The LAPO paper does not report the number
-of latents, the networks or the number of updates of its ILPO: here K is 15, the number of Procgen's
-actions, and the rest is LAPO's (A.4). Edwards et al. label online transitions with their nearest
-latents and learn a map to actions; here PPO alone decodes, from the latent policy's features
-(--method rl).
+Both losses and Adam's settings are those of Edwards et al. The LAPO paper does not report the
+number of latents, the networks or the number of updates of its ILPO: here K is 15, the number of
+Procgen's actions, and the rest is LAPO's (A.4). Edwards et al. label online transitions with their
+nearest latents and learn a map to actions; here PPO alone decodes, from the latent policy's
+features (--method rl).
 
 reads   data/<game>/{train,test,random}/frames_NNN.npz (labels, if there, for metrics only)
 writes  runs/ilpo/<game>/latent_policy.pt, train_ilpo.csv
@@ -21,12 +21,13 @@ writes  runs/ilpo/<game>/latent_policy.pt, train_ilpo.csv
 Run it as a module, in the folder of the project:
 paper scale   python -m baselines.train_ilpo --game bigfish
   then        python decode_online_ppo.py --game bigfish --method rl --runs-dir runs/ilpo
-one level     python collect_data.py --game coinrun --num-levels 1 --data-dir data/one_level
-(A.5)             --experts-dir experts/one_level
+one level (A.5)
+              python collect_data.py --game coinrun --num-levels 1 --data-dir data/one_level \
+                  --experts-dir experts/one_level
               python -m baselines.train_ilpo --game coinrun --latents 4 --data-dir data/one_level \
                   --runs-dir runs/ilpo_one_level
-on a CPU      python -m baselines.train_ilpo --game miner --latents 4 --multiplier 0.5 --fdm-width 8 \
-                  --batch-size 32 --lr 1e-3 --grad-steps 1000 --eval-every 250
+on a CPU      python -m baselines.train_ilpo --game miner --latents 4 --multiplier 0.5 \
+                  --fdm-width 8 --batch-size 32 --lr 1e-3 --grad-steps 1000 --eval-every 250
 """
 
 from dataclasses import dataclass

@@ -183,7 +183,7 @@ def r2(network, inputs, actions):
 
 
 class Frames(NamedTuple):
-    """What networks are fitted and judged on. Inputs are those of decoders: see decoder_inputs()."""
+    """What networks are fitted and judged on. Inputs are those of decoders, decoder_inputs()."""
 
     train: common.FrameStore
     actions: torch.Tensor  # float32 (R, A), of each row of `train`

@@ -3,9 +3,10 @@ expert.
 
 PPO needs millions of steps on these games; a rule that reads the picture needs none: a shortest
 path through the cells, in plunder a shot ahead of the ships, in bigfish the way to the nearest fish
-that can be eaten. They see o_t alone, as the latent policy does. A fraction of the actions is uniformly random: otherwise the past would predict much of
-what the agent does, and stage 1 would have nothing to find. Where nothing is in reach, the episode
-is given up (action -1 restarts the game).
+that can be eaten. They see o_t alone, as the latent policy does. A fraction of the actions is
+uniformly random: otherwise the past would predict much of what the agent does, and stage 1 would
+have nothing to find. Where nothing is in reach, the episode is given up (action -1 restarts the
+game).
 """
 
 import numpy as np

@@ -30,22 +30,29 @@ def main(args):
     offline = common.load_npz(run / "decode_offline.npz")
     online = common.load_npz(run / "decode_online_rl_sl.npz")
     untrained = args.untrained_dir / args.game / "decode_offline.npz"
+    probe = latents["random_probe"]
+    untrained_probe = latents["random_probe_untrained"]
+    mse = latents["fdm_mse_true"] / latents["fdm_mse_copy"]
+    shuffled = latents["fdm_mse_shuffled"] / latents["fdm_mse_copy"]
+    few = mean_return(run / "decode_offline.npz", 16)
+    more = mean_return(run / "decode_offline.npz", 256)
+    clone = mean_return(run / "label_efficiency_bc.npz", 256)
+    control = mean_return(untrained, 256)
+    steps = f"{online['env_steps'][-1]:,} steps"
+    played = online["eval_returns"][-1].mean()
     print(f"""
-{args.game}, laptop scale (plain pictures at 32x32, recordings of a solver)  LAPO  controls
-linear probe of z on random play         {latents["random_probe"]:9.2f}  \
-untrained IDM {latents["random_probe_untrained"]:.2f}, majority class {latents["random_majority"]:.2f}
-FDM's mse, as a fraction of copying o_t  {latents["fdm_mse_true"] / latents["fdm_mse_copy"]:9.2f}  \
-with shuffled latents {latents["fdm_mse_shuffled"] / latents["fdm_mse_copy"]:.2f}
-return with 16 labelled frames           {mean_return(run / "decode_offline.npz", 16):>9}  \
-blind policy {offline["blind_return"]:.1f}, random policy {offline["random_return"]:.1f}
-return with 256 labelled frames          {mean_return(run / "decode_offline.npz", 256):>9}  \
-cloning them {mean_return(run / "label_efficiency_bc.npz", 256)}, \
-untrained IDM {mean_return(untrained, 256)}
-return online, after {online["env_steps"][-1]:,} steps      {online["eval_returns"][-1].mean():9.1f}  \
-expert {offline["expert_return"]:.1f}
+{args.game}, laptop scale (plain pictures at 32x32, recordings of a solver)
+                                           LAPO  controls
+linear probe of z on random play         {probe:6.2f}  untrained IDM {untrained_probe:.2f}, \
+majority class {latents["random_majority"]:.2f}
+FDM's mse, as a fraction of copying o_t  {mse:6.2f}  with shuffled latents {shuffled:.2f}
+return with 16 labelled frames           {few:>6}  blind policy {offline["blind_return"]:.1f}, \
+random policy {offline["random_return"]:.1f}
+return with 256 labelled frames          {more:>6}  cloning them {clone}, untrained IDM {control}
+return online, after {steps:20}{played:6.1f}  expert {offline["expert_return"]:.1f}
 
-Look at the probe first: a linear map of z predicts the true action far more often than one of an
-untrained IDM's z does, though stage 1 never saw an action. Then at 256 labels, beside cloning them.
+Look at the probe first: stage 1 never saw an action; does a linear map of its z predict the true
+one more often than that of an untrained IDM's z? Then at 256 labels, beside cloning them alone.
 {run / "decode_offline.gif"} shows the agent, {run / "latents.png"} its latent actions.""")
 
 

@@ -5,9 +5,9 @@ writes  <results-dir>/figures/figure_3.png, figure_3_games.png, figure_4.png, fi
         probe.png; a figure without a run is not written
 
 Returns are normalized: 0 for the random policy, 1 for the expert that was recorded; the paper's by
-its own expert. Lines are means over seeds, bands the sample std over seeds. A panel of several games
-holds the games that have all of its curves, and each seed's mean over these. The paper's curve
-beside ours is of the same games.
+its own expert. Lines are means over seeds, bands the sample std over seeds. A panel of several
+games holds the games that have all of its curves, and each seed's mean over these. The paper's
+curve beside ours is of the same games.
 
 python -m extras.plot_figures --results-dir results/laptop_plain
 """

@@ -1,7 +1,7 @@
 r"""Two animations of --capture-video beside each other, in the same games.
 
-python -m extras.side_by_side demo/runs/miner/label_efficiency_bc.gif demo/runs/miner/decode_offline.gif \
-    both.gif --titles "clone of 256 labels" "LAPO, 256 labels"
+python -m extras.side_by_side demo/runs/miner/label_efficiency_bc.gif \
+    demo/runs/miner/decode_offline.gif both.gif --titles "clone of 256 labels" "LAPO, 256 labels"
 """
 
 from dataclasses import dataclass

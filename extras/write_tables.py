@@ -2,7 +2,7 @@
 
 A table stands between two marks, the first of which names a folder of results/, what to print and
 options: `<!-- table: laptop_plain offline -->` and `<!-- end -->`. Kinds and their options:
-    claims              the paper's claims, its numbers on the same games at the same steps, and ours
+    claims              claims of the paper, its numbers on the same games and steps, and ours
     offline             returns against labels, by seed
     decoders LABELS ... mean and std over the decoders of each seed
     online STEP ...     returns at these steps, by seed (at the nearest point within a fifth)
@@ -80,14 +80,17 @@ def by_seed(values, digits=2):
     return ", ".join(numbers)
 
 
-def mean_and_std(values, digits=1):
+def mean_and_std(values, digits=1, unit="seed"):
     """{seed: value} -> '6.0 ± 1.9', the sample std; of one seed '6.0 (1 seed)'."""
     if not values:
         return ""
     numbers = list(values.values())
     if len(numbers) == 1:
-        return f"{numbers[0]:.{digits}f} (1 seed)"
-    return f"{np.mean(numbers):.{digits}f} ± {np.std(numbers, ddof=1):.{digits}f}"
+        return f"{numbers[0]:.{digits}f} (1 {unit})"
+    if len(set(numbers)) == 1:  # the same number for all seeds: of one recording, or the paper's
+        return f"{numbers[0]:.{digits}f}"
+    seeds = "" if len(numbers) > 2 else f" ({len(numbers)} {unit}s)"
+    return f"{np.mean(numbers):.{digits}f} ± {np.std(numbers, ddof=1):.{digits}f}{seeds}"
 
 
 def at(curve, x):
@@ -148,7 +151,8 @@ def decoders(folder, *labels):
                 cells = []
                 for x in labels:
                     of_seed = select(rows, seed=seed, labels=int(x))
-                    cells.append(mean_and_std({r["decoder"]: r["mean_return"] for r in of_seed}))
+                    values = {row["decoder"]: row["mean_return"] for row in of_seed}
+                    cells.append(mean_and_std(values, unit="decoder"))
                 lines.append([f"{game}, {series.label}, seed {seed:.0f}", *cells])
     return ["mean ± std over decoders, with labels:", *labels], lines
 
@@ -196,6 +200,7 @@ def summary(folder, *labels):
             values = at(returns.curve(OFFLINE[name], game), int(labels[-1]))
             if values:
                 controls[OFFLINE[name].label] = values
+        controls["random policy"] = at(random_policy, 0)
         best = max(controls, key=lambda name: np.mean(list(controls[name].values())))
         cell = f"{mean_and_std(controls[best])} ({best})"
         lines.setdefault(f"best control, {labels[-1]} labels", []).append(cell)
@@ -204,8 +209,9 @@ def summary(folder, *labels):
             lines.setdefault(f"**LAPO, {count} labels**", []).append(mean_and_std(values))
         online = returns.curve(ONLINE["rl_sl"], game)
         last = max((step for points in online.values() for step in points), default=0)
-        name = "LAPO online (RL and SL), at the end"
-        lines.setdefault(name, []).append(mean_and_std(at(online, last)))
+        name = "LAPO online (RL and SL), no labels"
+        cell = f"{mean_and_std(at(online, last))} after {last:,.0f} steps" if last else ""
+        lines.setdefault(name, []).append(cell)
         ceiling = at(returns.curve(OFFLINE["bc_all"], game), 0)
         lines.setdefault("cloning all true labels", []).append(mean_and_std(ceiling))
         lines.setdefault("expert", []).append(mean_and_std(at(expert, 0)))

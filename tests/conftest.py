@@ -209,6 +209,9 @@ class ToyGames:
     def state_dict(self):
         return {}
 
+    def load_state_dict(self, saved):
+        pass
+
 
 @pytest.fixture
 def toy_games(monkeypatch):

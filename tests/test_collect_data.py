@@ -14,6 +14,11 @@ from experts.solvers import Solver
 SPLITS = ("train", "test", "random")
 
 
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    monkeypatch.setattr(common, "play_episodes", lambda envs, act, episodes: np.zeros(1))
+
+
 def test_gae_against_sums_of_discounted_deltas():
     rng = np.random.default_rng(0)
     r, v, done = rng.normal(size=(20, 3)), rng.normal(size=(21, 3)), rng.random((20, 3)) < 0.2
@@ -147,6 +152,29 @@ def test_random_play_is_uniform_and_test_levels_are_others(tmp_path, monkeypatch
     assert abs(np.bincount(actions, minlength=15) / len(actions) - 1 / 15).max() < 0.03
 
 
+def test_each_player_has_random_numbers_of_its_own(tmp_path, no_evaluation):
+    flags = dict(random_play=True, train_frames=120, random_frames=120)
+    run(collect_data, tmp_path, test_frames=120, **flags)
+    actions = []
+    for split in SPLITS:
+        shards = sorted((tmp_path / f"data/bigfish/{split}").glob("labels_*.npz"))
+        actions.append(tuple(np.concatenate([load(path)["action"] for path in shards])))
+    assert len(set(actions)) == 3
+
+
+def test_an_episode_that_is_given_up_has_no_action(tmp_path):
+    """The solver's RESET: the label says none, and the next frame starts an episode."""
+    args = collect_data.Args(num_envs=2, frame_size=16)
+    recording = dict(game="maze", frame_size=16)
+
+    def give_up(obs):
+        return np.array([common.RESET, 9])  # 9 does nothing in maze
+
+    ((frames, labels),) = collect_data.play_shards(args, recording, give_up, 10, "train")
+    assert labels["action"].tolist() == [common.NOOP] * 5 + [9] * 5
+    assert frames["first"].tolist() == [True] * 5 + [True] + [False] * 4
+
+
 def contents(root):
     return {p.relative_to(root): p.read_bytes() for p in (root / "data").rglob("*.npz")}
 
@@ -192,11 +220,6 @@ def test_the_solver_plays(game, at_least):
     settings = dict(game=game, frame_size=64, plain=True)
     envs = common.ProcgenEnvs(settings, 16, seed=1)
     assert common.play_episodes(envs, Solver(game, 1), 1).mean() > at_least
-
-
-@pytest.fixture
-def no_evaluation(monkeypatch):
-    monkeypatch.setattr(common, "play_episodes", lambda envs, act, episodes: np.zeros(1))
 
 
 def test_the_solver_acts_for_the_same_games_in_default_pictures(tmp_path, no_evaluation):

@@ -213,7 +213,7 @@ def test_the_loss_of_ppo_by_hand():
 
 
 def test_an_update_sees_each_step_once_in_each_epoch():
-    """Each step is a number of its own; the policy is shown features and decoded of the same one."""
+    """Each step is a number of its own; the policy sees features and decoded of the same one."""
     seen = []
 
     class Policy(torch.nn.Linear):
@@ -495,7 +495,7 @@ def test_online_ppo_moves_the_mean_from_the_decoders_action_to_the_better_one():
 
 @pytest.fixture
 def online_steps(monkeypatch):
-    """Each step of decode_dmc_online's environments: obs before, actions, obs after, done, reward."""
+    """Each step of decode_dmc_online's games: obs before, actions, obs after, done, reward."""
     steps = []
 
     class Recorded(collect_dmc.ControlEnvs):

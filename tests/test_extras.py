@@ -121,9 +121,9 @@ def test_a_video_shows_each_game_until_its_episode_ends(monkeypatch, tmp_path, s
     monkeypatch.setattr(common, "ProcgenEnvs", Games)
     common.capture_video(tmp_path / "x.gif", {}, lambda obs: None, seed=1)
     video = Image.open(tmp_path / "x.gif")
-    assert video.n_frames == frames and video.size == (256, 128)
+    assert video.n_frames == frames and video.size == (264, 132)
     video.seek(frames - 1)
-    pixels = np.array(video.convert("RGB"))[::64, ::64, 0].flatten().tolist()
+    pixels = np.array(video.convert("RGB"))[33::66, 33::66, 0].flatten().tolist()
     if steps == 3:  # game 0 has stopped at its first frame, game 1 at its second
         assert pixels == [0, 21, 42, 62, 82, 102, 122, 142]
 

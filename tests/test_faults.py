@@ -84,7 +84,23 @@ def test_a_finished_recording_that_is_not_in_its_place_is_never_removed(tmp_path
     for _ in range(2):
         assert "train.complete is a finished recording" in fails(write, folder)
     assert (tmp_path / "train.complete/x").read_text() == "new"
-    assert (tmp_path / "train.old/x").read_text() == "old"
+    assert (tmp_path / ".train.old/x").read_text() == "old"
+
+
+def test_a_kill_during_the_swap_costs_neither_recording(tmp_path):
+    folder = tmp_path / "train"
+    write(folder, content="new")
+    old = tmp_path / ".train.old"
+    old.mkdir()  # killed while the old one was being deleted
+    write(folder, content="newer")
+    assert (folder / "x").read_text() == "newer" and not old.exists()
+    folder.rename(old)  # killed within the trial swap: the old one is the only one
+    assert "--overwrite" in fails(write, folder, overwrite=False)
+    assert (folder / "x").read_text() == "newer" and not old.exists()
+    backup = tmp_path / "train.old"  # a folder of the user's
+    backup.mkdir()
+    write(folder)
+    assert backup.exists()
 
 
 def test_a_recording_that_fails_leaves_the_old_one(tmp_path):
@@ -96,6 +112,22 @@ def test_a_recording_that_fails_leaves_the_old_one(tmp_path):
 
 
 # --- two runs, one file ---------------------------------------------------------------------------
+
+
+def test_two_runs_do_not_train_one_expert(tmp_path, toy_games):
+    """Seeds with folders of their own share experts/<game>.pt by default."""
+    (tmp_path / "experts").mkdir()
+    with open(tmp_path / "experts/.bigfish.pt.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another run is writing" in fails(run, collect_data, tmp_path, train_frames=0)
+
+
+def test_an_animation_can_be_added_to_a_finished_run(root, toy_games, record_calls, monkeypatch):
+    videos = []
+    monkeypatch.setattr(common, "capture_video", lambda path, *rest: videos.append(str(path)))
+    run(online, root, method="rl", env_steps=1280)
+    run(online, root, method="rl", env_steps=1280, resume=True, capture_video=True)
+    assert videos == [str(root / "runs/maze/decode_online_rl.gif")]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +282,7 @@ class Args:
 @pytest.mark.parametrize(
     "error, words",
     [
-        (KeyboardInterrupt(), "stopped; --resume continues"),
+        (KeyboardInterrupt(), "stopped; --resume continues from the last saved state"),
         (OSError(errno.ENOSPC, "full", "/data/x.npz"), "No space left on device (/data/x.npz)"),
         (OSError(errno.EROFS, "read-only"), "Read-only file system"),
         (OSError(errno.ENOLCK, "no locks"), "No locks available"),

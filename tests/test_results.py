@@ -81,7 +81,10 @@ def test_cells_by_hand():
     assert write_tables.by_seed({2: 1.0, 1: 2.346}) == "2.35, 1.00"
     assert write_tables.by_seed({1: 1.0, 3: 2.0}) == "1.00, 2.00 (seed 1, 3)"
     assert write_tables.by_seed({1: 9.0, 2: 9.001}) == "9.00 (each)"
-    assert write_tables.mean_and_std({1: 1.0, 2: 3.0}) == "2.0 ± 1.4"  # of a sample
+    assert write_tables.mean_and_std({1: 1.0, 2: 3.0}) == "2.0 ± 1.4 (2 seeds)"  # of a sample
+    assert write_tables.mean_and_std({1: 1.0, 2: 3.0, 3: 2.0}) == "2.0 ± 1.0"
+    assert write_tables.mean_and_std({1: 2.0, 2: 2.0}) == "2.0"  # one recording, or a constant
+    assert write_tables.mean_and_std({1: 1.0, 2: 3.0}, unit="decoder") == "2.0 ± 1.4 (2 decoders)"
     assert write_tables.mean_and_std({1: 1.0}) == "1.0 (1 seed)"
     curve = {1: {82: 5.0, 160: 6.0}, 2: {60: 7.0}}
     assert write_tables.at(curve, 100) == {1: 5.0}  # 60 is farther away than a fifth
@@ -111,7 +114,12 @@ def test_claims_count_runs_and_take_the_papers_same_games(tmp_path, monkeypatch)
     monkeypatch.setattr(plot_figures, "PAPER", tmp_path)
     monkeypatch.setattr(write_tables, "CLAIMS", [("better", "rl_sl", "rl", 100)])
     _, (row, loss) = write_tables.claims(tmp_path)
-    values = ["0.50; 0.00", "0.70 ± 0.28; 0.70 ± 0.14", "0.90, 0.50; 0.80, 0.60", "1 of 2"]
+    values = [
+        "0.50; 0.00",
+        "0.70 ± 0.28 (2 seeds); 0.70 ± 0.14 (2 seeds)",
+        "0.90, 0.50; 0.80, 0.60",
+        "1 of 2",
+    ]
     assert row == ["better", "100 steps", *values]
     assert loss[2:] == ["below 1", "0.25 (1 seed)", "0.25", "1 of 1"]
 

@@ -220,10 +220,12 @@ def test_it_trains_the_same_without_labels_and_with_the_same_seed(chain, tmp_pat
     for path in tmp_path.rglob("labels_*.npz"):
         path.unlink()
     run(stage1, tmp_path)
+    run(stage2, tmp_path)
     assert "the codebooks have collapsed" in capsys.readouterr().out  # after four updates
     runs = [folder / "runs/maze" for folder in (chain, tmp_path)]
-    one, other = ((r / "latent_dynamics.pt").read_bytes() for r in runs)
-    assert one == other
+    for name in ("latent_dynamics.pt", "train/latents_001.npz", "latent_policy.pt"):
+        one, other = ((r / name).read_bytes() for r in runs)
+        assert one == other
     one, other = (list(csv.DictReader((r / "train_latent_dynamics.csv").open())) for r in runs)
     assert "probe" in one[0] and "probe" not in other[0]
     assert [row["test_mse"] for row in one] == [row["test_mse"] for row in other]
