@@ -123,6 +123,7 @@ class RunArgs:
 
 MAY_BE_0 = "seed num_levels train_frames test_frames random_frames grad_steps warmup_steps "
 MAY_BE_0 += "supervised_steps"
+MAY_CHANGE = "resume device compile overwrite capture_video"  # when a run goes on, like folders
 
 
 def check_flags(args):
@@ -153,7 +154,8 @@ def run(main, args_class):
         main(tyro.cli(args_class))
     except KeyboardInterrupt:
         resumable = "resume" in args_class.__dataclass_fields__
-        fail("stopped; --resume continues from the last saved state" if resumable else "stopped")
+        advice = "; --resume continues from the last saved state or finished recording"
+        fail(f"stopped{advice if resumable else ''}")
     except OSError as error:
         known = "ENOSPC EDQUOT EROFS EACCES EPERM EPIPE ENOLCK".split()
         if errno.errorcode.get(error.errno) not in known:
@@ -790,13 +792,7 @@ def load_state(path, args, resumable, made_from=None):
     state = load_checkpoint(path, "run state", args.game)
     for flag, value in vars(args).items():
         saved = state["flags"].get(flag)
-        free = flag in (
-            "resume",
-            "device",
-            "compile",
-            "overwrite",
-            "capture_video",
-        ) or flag.endswith("_dir")
+        free = flag in MAY_CHANGE.split() or flag.endswith("_dir")
         if str(value) != saved and not free:
             flag = flag.replace("_", "-")
             fail(f"--{flag} is {value}, but the run in {path} has {saved}; resume with its flags")

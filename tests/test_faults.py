@@ -282,7 +282,7 @@ class Args:
 @pytest.mark.parametrize(
     "error, words",
     [
-        (KeyboardInterrupt(), "stopped; --resume continues from the last saved state"),
+        (KeyboardInterrupt(), "stopped; --resume continues from the last saved state or"),
         (OSError(errno.ENOSPC, "full", "/data/x.npz"), "No space left on device (/data/x.npz)"),
         (OSError(errno.EROFS, "read-only"), "Read-only file system"),
         (OSError(errno.ENOLCK, "no locks"), "No locks available"),
