@@ -54,6 +54,8 @@ class Args:
     files: tuple[Path, ...] = (
         Path("README.md"),
         Path("results/README.md"),
+        Path("results/tables.md"),
+        Path("results/continuous_control/README.md"),
         Path("continuous_control/README.md"),
     )
     """Markdown files with marks."""

@@ -54,18 +54,16 @@ def returns_table(folder, text):
 @pytest.mark.parametrize("path", write_tables.Args().files, ids=str)
 def test_markdown_tables_are_those_of_the_summary_tables(path):
     text = (ROOT / path).read_text()
-    assert text.count("<!-- table:") == len(write_tables.MARKS.findall(text))
-    if path.parent.name:
-        assert text.count("<!-- table:") >= 6
+    assert text.count("<!-- table:") == len(write_tables.MARKS.findall(text)) >= 1
     assert write_tables.replace_tables(text) == text
 
 
-@pytest.mark.parametrize("folder", ["results", "continuous_control"])
-def test_pictures_of_the_markdown_files_exist(folder):
-    text = (ROOT / folder / "README.md").read_text()
-    pictures = re.findall(r"\]\(((?!http)[^)#]+)\)", text)
-    missing = [picture for picture in pictures if not (ROOT / folder / picture).exists()]
-    assert len(pictures) >= 4 and missing == []
+@pytest.mark.parametrize("path", write_tables.Args().files, ids=str)
+def test_pictures_of_the_markdown_files_exist(path):
+    pictures = re.findall(r"\]\(((?!http)[^)#]+)\)", (ROOT / path).read_text())
+    folder = (ROOT / path).parent
+    missing = [picture for picture in pictures if not (folder / picture).exists()]
+    assert len(pictures) >= 1 and missing == []
 
 
 def test_a_changed_cell_is_replaced_and_an_unknown_mark_is_refused():
