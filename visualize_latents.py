@@ -13,7 +13,6 @@ paper scale   python visualize_latents.py --game bigfish
 on a CPU      python visualize_latents.py --game miner --points 2048 --supervised-steps 500
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -24,15 +23,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_score
-from sklearn.neighbors import NearestNeighbors
-from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from train_latent_dynamics import IDM, PROBE_FIT
-from train_latent_dynamics import build_models, in_batches, linear_probe, perplexity
+from train_latent_dynamics import build_models, in_batches, linear_probe
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -48,7 +41,7 @@ NUM_CLUSTERS = 12
 class Args(common.RunArgs):
     points: int = 4096
     """Windows of each split: held-out ones to plot, and others to fit the probes on."""
-    projection: Literal["umap", "tsne", "pca"] = "umap"
+    projection: Literal["umap", "pca"] = "umap"
     """How latents are mapped to two dimensions (the paper: UMAP)."""
     supervised_steps: int = 3000
     """Updates of an IDM trained on true actions of the frames in memory: a reference, and with few
@@ -90,30 +83,6 @@ def train_supervised(idm, store, steps, batch_size=128):
         schedule.step()
         bar.update()
     bar.close()
-
-
-def knn_purity(z, actions, k=10):
-    """Fraction of the k nearest neighbours of each z [N, Z] with its action [N], and by chance."""
-    search = NearestNeighbors(n_neighbors=k).fit(z)
-    neighbours = search.kneighbors(return_distance=False)  # [N, k]
-    purity = (actions[neighbours] == actions[:, None]).mean()
-    counts = np.bincount(actions)
-    same_pairs = (counts * (counts - 1)).sum()
-    all_pairs = len(actions) * (len(actions) - 1)
-    return float(purity), float(same_pairs / all_pairs)
-
-
-def code_metrics(codes, codebooks, embeddings):
-    """codes [N, C * P] -> perplexity of the positions, and fraction of the embeddings in use"""
-    each = [perplexity(position, embeddings) for position in codes.T]
-    used = 0
-    for book in np.split(codes, codebooks, axis=1):
-        used += len(np.unique(book))
-    return dict(
-        perplexity_mean=float(np.mean(each)),
-        perplexity_min=min(each),
-        codes_used=used / (codebooks * embeddings),
-    )
 
 
 def fdm_mse(fdm, windows, latents):
@@ -158,8 +127,6 @@ def project(z, method, seed):
 
         # PCA as start: UMAP's own (eigenvectors) failed where many latents are nearly equal
         return UMAP(init="pca", n_jobs=1, random_state=seed).fit_transform(z)
-    if method == "tsne":
-        return TSNE(random_state=seed).fit_transform(z)
     return PCA(2, random_state=seed).fit_transform(z)
 
 
@@ -312,7 +279,7 @@ def load_split(args, split, saved, idm, device):
         common.fail(f"stage 1 was trained on frames of {sizes}")
     rows = store.draw(args.points).sort()[0]
     if split == "test":
-        rows = rows.unique()  # no latent is its own neighbour
+        rows = rows.unique()  # no latent is plotted twice
     windows = store.windows_at(rows)
     z = in_batches(idm, windows) if dynamics_id is None else store.z_at(rows)
     actions = common.true_actions_to_report_on(store, rows)
@@ -325,7 +292,6 @@ def load_split(args, split, saved, idm, device):
 def main(args):
     device = common.pick_device(args)
     torch.manual_seed(args.seed)
-    warnings.filterwarnings("ignore", module="sklearn")  # the MLP's number of passes is fixed
     run = args.runs_dir / args.game
     common.lock(run / "latents_metrics.npz")
 
@@ -359,12 +325,6 @@ def main(args):
             metrics |= probe_metrics("random_", fit, rest, untrained)
     if labelled:
         metrics |= probe_metrics("", train, test, untrained)
-        mlp = MLPClassifier((256,), max_iter=30, random_state=args.seed)
-        probe = make_pipeline(StandardScaler(), mlp)
-        probe.fit(train.z, train.actions)
-        metrics["mlp_probe"] = probe.score(test.z, test.actions)
-        metrics["knn_purity"], metrics["knn_chance"] = knn_purity(test.z, test.actions)
-        metrics["silhouette"] = silhouette_score(test.z, test.actions)
         if args.supervised_steps > 0:
             sizes = config["idm"] | dict(z_dim=common.NUM_ACTIONS)
             supervised = IDM(**sizes).to(device)
@@ -373,7 +333,7 @@ def main(args):
             metrics["supervised"] = (logits.argmax(1) == test.actions).mean()
 
     # --- groups of latents, and a latent for each: true actions, or clusters
-    z_q, _, codes = quantizer(torch.from_numpy(test.z).to(device))  # (N, Z), (N, C * P)
+    z_q, _, _ = quantizer(torch.from_numpy(test.z).to(device))  # (N, Z)
     shuffled = z_q[torch.randperm(num_points)]
     latents = dict(true=z_q, zeroed=0 * z_q, shuffled=shuffled)
     middle, cluster = medoids(z_q.cpu().numpy(), NUM_CLUSTERS, args.seed)
@@ -389,10 +349,6 @@ def main(args):
         names = [f"cluster {i + 1}" for i in range(NUM_CLUSTERS)]
         group = cluster
         group_z_q = z_q[middle]
-    if config["quantizer"]:
-        vq = config["quantizer"]
-        codes = codes.cpu().numpy()
-        metrics |= code_metrics(codes, vq["codebooks"], vq["embeddings"])
     metrics |= fdm_mse(fdm, test.windows, latents)
 
     # --- save, draw, print

@@ -48,7 +48,7 @@ class Args(common.RunArgs):
 
     points: int = 4096
     """Windows of each split: held-out ones to plot, and others to fit the probes on."""
-    projection: Literal["umap", "tsne", "pca"] = "umap"
+    projection: Literal["umap", "pca"] = "umap"
     """How latents are mapped to two dimensions (the paper: UMAP)."""
     supervised_steps: int = 3000
     """Updates of an IDM trained on true actions, an upper bound for the probes; 0 leaves it out."""
