@@ -290,17 +290,19 @@ def plot_training(path, title, rows, variant, columns, ylabel):
 
 
 def main(args):
-    returns = Returns(args.results_dir / "returns.csv")
     figures = args.results_dir / "figures"
-    title = "Figure 3: latent policies decoded online"
-    online = list(ONLINE.values())
-    plot_comparison(returns, figures / "figure_3.png", title, online, by_game=False)
-    plot_comparison(returns, figures / "figure_3_games.png", title, online, by_game=True)
-    title = "Figure 4: latent policies decoded offline"
-    offline = list(OFFLINE.values())
-    plot_comparison(returns, figures / "figure_4.png", title, offline, by_game=True)
-    lapo = select(returns.rows, variant="lapo")
-    scale = f"{', '.join(sorted({row['scale'] for row in lapo}))} pictures"
+    scale = args.results_dir.name
+    if (args.results_dir / "returns.csv").exists():
+        returns = Returns(args.results_dir / "returns.csv")
+        title = "Figure 3: latent policies decoded online"
+        online = list(ONLINE.values())
+        plot_comparison(returns, figures / "figure_3.png", title, online, by_game=False)
+        plot_comparison(returns, figures / "figure_3_games.png", title, online, by_game=True)
+        title = "Figure 4: latent policies decoded offline"
+        offline = list(OFFLINE.values())
+        plot_comparison(returns, figures / "figure_4.png", title, offline, by_game=True)
+        lapo = select(returns.rows, variant="lapo")
+        scale = f"{', '.join(sorted({row['scale'] for row in lapo}))} pictures"
     stage_1 = read_table(args.results_dir / "stage_1.csv")
     title = f"Stage 1, random play: a linear probe of z (solid), majority class (dotted)\n{scale}"
     columns = {"probe": ".-", "majority": ":"}

@@ -271,6 +271,9 @@ def test_figures_are_written_only_where_there_are_runs(tmp_path):
     plot_figures.main(plot_figures.Args(tmp_path))
     written = {path.name for path in tmp_path.glob("figures/*")}
     assert written == {"figure_3.png", "figure_3_games.png", "figure_4.png", "probe.png"}
+    write_csv(tmp_path / "stage_1_alone/stage_1.csv", text)  # as of random play, never decoded
+    plot_figures.main(plot_figures.Args(tmp_path / "stage_1_alone"))
+    assert [path.name for path in tmp_path.glob("stage_1_alone/figures/*")] == ["probe.png"]
     assert "is missing" in fails(plot_figures.main, plot_figures.Args(tmp_path / "none"))
     table = TWO_GAMES.replace("expert", "blind")
     assert "what the expert" in fails(Returns(returns_table(tmp_path, table)).normalize, 1, "maze")
