@@ -2,7 +2,7 @@
 # make demo                  the whole method on real Procgen, on a CPU, in minutes
 # make test                  the tests; make lint: the style
 # make laptop GAME=miner     the method and its controls in default pictures at 32x32 on a CPU
-# make laptop-ablations      RL alone, no VQ, ILPO and PPO from scratch, after that
+# make laptop-ablations      VPT, LAPO+, RL alone, no VQ, ILPO and PPO from scratch, after that
 # make paper GAME=bigfish    the same chain at the paper's settings
 # make figures RUNS=runs     tables and figures of what lies there
 # PYTHON=python3.11 picks the interpreter, SEED=2 another seed.
@@ -73,6 +73,7 @@ SMALL = --game $(GAME) --seed $(SEED) --data-dir laptop/data/seed_$(SEED) --runs
 SMALL_1 = --multiplier 1 --fdm-width 12 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --z-std 0.2 --eval-every 500
 SMALL_2 = --multiplier 1 --grad-steps 5000 --lr 1e-3 --warmup-steps 100 --standardize --eval-every 1000
 SMALL_3 = --labels 16 64 256 1024 --decoder-seeds 3
+SMALL_CLONE = --clone-steps 5000 --labelled-steps 300 --clone-lr 1e-3
 SMALL_ONLINE = --env-steps 524_288 --log-every-steps 65_536
 laptop: .venv/installed
 	$(PY) collect_data.py $(call SMALL,lapo) --solver $(if $(filter bigfish,$(GAME)),--one-theme) --frame-size 32 --train-frames 262_144 --test-frames 16_384 --random-frames 65_536 --resume
@@ -82,11 +83,13 @@ laptop: .venv/installed
 	$(PY) train_latent_dynamics.py $(call SMALL,untrained) $(SMALL_1) --grad-steps 0
 	$(PY) train_latent_bc.py $(call SMALL,untrained) $(SMALL_2) --resume
 	$(PY) decode_offline.py $(call SMALL,untrained) $(SMALL_3)
-	$(PY) -m baselines.label_efficiency $(call SMALL,lapo) $(SMALL_3) --clone-steps 5000 --labelled-steps 300 --clone-lr 1e-3
+	$(PY) -m baselines.label_efficiency $(call SMALL,lapo) $(SMALL_3) $(SMALL_CLONE) --methods bc bc_all
 	$(PY) decode_online_ppo.py $(call SMALL,lapo) --method rl_sl $(SMALL_ONLINE) --resume
 	$(PY) visualize_latents.py $(call SMALL,lapo) --supervised-steps 500
 
+# VPT and LAPO+ clone all frames for each number of labels and each seed, so there are fewer of them
 laptop-ablations: .venv/installed
+	$(PY) -m baselines.label_efficiency $(call SMALL,lapo) $(SMALL_CLONE) --labels 16 256 --decoder-seeds 1 --methods vpt lapo_plus
 	$(PY) decode_online_ppo.py $(call SMALL,lapo) --method rl $(SMALL_ONLINE) --resume
 	$(PY) train_latent_dynamics.py $(call SMALL,no_vq) $(SMALL_1) --grad-steps 6000 --no-vq --resume
 	$(PY) train_latent_bc.py $(call SMALL,no_vq) $(SMALL_2) --resume
