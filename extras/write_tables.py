@@ -7,6 +7,7 @@ options: `<!-- table: laptop_plain offline -->` and `<!-- end -->`. Kinds and th
     decoders LABELS ... mean and std over the decoders of each seed
     online STEP ...     returns at these steps, by seed (at the nearest point within a fifth)
     stages STEP ...     probe of stage 1 at these updates; FDM and latent policy at their ends
+    variants LABELS ... all variants at the end of stages 1, 2 and 3, by seed
     summary LABELS ...  LAPO, its best control and its ceiling, mean and std over seeds
 Those of continuous_control: continuous_control/plot_results.py.
 
@@ -190,6 +191,31 @@ def stages(folder, *steps):
     return header, lines
 
 
+def variants(folder, *labels):
+    """A row for each game and variant: stage 1, stage 2 and returns of decoders, by seed."""
+    returns = plot_figures.Returns(folder / "returns.csv")
+    stage_1 = plot_figures.read_table(folder / "stage_1.csv")
+    stage_2 = plot_figures.read_table(folder / "stage_2.csv")
+    lines = []
+    for game, variant in dict.fromkeys((row["game"], row["variant"]) for row in stage_1):
+        rows = select(stage_1, game=game, variant=variant)
+        mse, copy = last_values(rows, "test_mse"), last_values(rows, "copy_mse")
+        policy = select(stage_2, game=game, variant=variant)
+        curve = returns.curve(Series("", "", variant, "decoder", "labels"), game)
+        lines.append(
+            [
+                f"{game}, {variant}",
+                by_seed(last_values(rows, "probe")),
+                by_seed({seed: mse[seed] / copy[seed] for seed in mse}, 3),
+                by_seed(last_values(policy, "variance_explained")),
+                *[by_seed(at(curve, int(count))) for count in labels],
+            ]
+        )
+    header = ["by seed", "probe on random play", "FDM's mse / copying's"]
+    header += ["variance of z explained by the policy"]
+    return [*header, *[f"return, {count} labels" for count in labels]], lines
+
+
 def summary(folder, *labels):
     """The front table: LAPO and, with the most labels, the best of its controls."""
     returns = plot_figures.Returns(folder / "returns.csv")
@@ -281,6 +307,7 @@ KINDS = dict(
     decoders=decoders,
     online=online,
     stages=stages,
+    variants=variants,
     summary=summary,
 )
 

@@ -88,6 +88,26 @@ def test_cells_by_hand():
     assert write_tables.at(curve, 100) == {1: 5.0}  # 60 is farther away than a fifth
 
 
+def test_variants_have_their_last_metrics_and_mean_over_decoders(tmp_path):
+    returns = """
+        lapo miner 1 decoder 16 1 1 quota
+        lapo miner 1 decoder 16 2 3 quota
+        bits_3 miner 2 decoder 16 1 5 quota
+    """
+    returns_table(tmp_path, returns)
+    stage_1 = "variant,game,seed,grad_step,probe,test_mse,copy_mse\n"
+    stage_1 += "lapo,miner,1,0,0.4,9,9\nlapo,miner,1,5,0.8,1,4\nbits_3,miner,2,5,0.6,3,4\n"
+    write_csv(tmp_path / "stage_1.csv", stage_1)
+    stage_2 = "variant,game,seed,grad_step,variance_explained\nlapo,miner,1,5,0.7\n"
+    write_csv(tmp_path / "stage_2.csv", stage_2)
+    header, rows = write_tables.variants(tmp_path, "16")
+    assert header[-1] == "return, 16 labels"
+    assert rows == [
+        ["miner, lapo", "0.80", "0.250", "0.70", "2.00"],
+        ["miner, bits_3", "0.60 (seed 2)", "0.750 (seed 2)", "", "5.00 (seed 2)"],
+    ]
+
+
 def test_claims_count_runs_and_take_the_papers_same_games(tmp_path, monkeypatch):
     returns = """
         lapo miner 1 random - - 0 quota
