@@ -90,7 +90,8 @@ def distinct_actions(game):
     groups = GAMES[game].equal_actions.split(",") if game in GAMES else []
     for group in groups:
         members = [ACTIONS.index(name) for name in group.split()]
-        distinct[members] = members[0]
+        for member in members:
+            distinct[member] = members[0]
     return distinct
 
 
@@ -573,7 +574,7 @@ def read_actions(frames_path):
     rows = action.shape[:-1] if continuous else action.shape
     if rows != first.shape or not (continuous or np.isin(action, range(NUM_ACTIONS)).all()):
         found = f"actions {action.dtype} {action.shape} for {len(first)} frames"
-        fail(f"{path} has {found}, not one of 0 .. 14 or A numbers for each")
+        fail(f"{path} has {found}, not one of 0 .. {NUM_ACTIONS - 1} or A numbers for each")
     return action
 
 

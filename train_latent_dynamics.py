@@ -505,7 +505,8 @@ def main(args):
     idm, quantizer, fdm = build_models(config, device)
     if args.z_std:
         scale_head(idm, store.windows_at(store.draw(512)), args.z_std)
-    parameters = [*idm.parameters(), *fdm.parameters()]  # the codebooks are moving averages
+    # the codebooks are moving averages; another quantizer may have parameters
+    parameters = [*idm.parameters(), *fdm.parameters(), *quantizer.parameters()]
     optimizer, schedule = make_optimizer(args, parameters)
     compute_loss = torch.compile(dynamics_loss) if args.compile else dynamics_loss
     print(

@@ -339,7 +339,9 @@ def main(args):
     middle, cluster = medoids(z_q.cpu().numpy(), NUM_CLUSTERS, args.seed)
     if labelled:
         kind = "true action"
-        names = common.ACTIONS
+        names = [f"action {i}" for i in range(common.NUM_ACTIONS)]
+        if args.game in common.GAMES:
+            names = common.ACTIONS
         group = test.actions
         means = torch.from_numpy(mean_latents(train)).to(device)
         group_z_q, _, _ = quantizer(means)  # (15, Z): the FDM saw nothing between the codes

@@ -14,7 +14,7 @@ import common
 BIGFISH = dict(game="bigfish", frame_size=64)
 
 
-def test_actions_of_equal_effect_are_merged_and_returns_normalized():
+def test_actions_of_equal_effect_are_merged_and_returns_normalized(monkeypatch):
     maze = common.distinct_actions("maze")
     assert {common.ACTIONS[a] for a in maze} == {"left", "right", "up", "down", "none"}
     assert common.ACTIONS[maze[common.ACTIONS.index("left-up")]] == "left"
@@ -22,6 +22,8 @@ def test_actions_of_equal_effect_are_merged_and_returns_normalized():
     assert common.GAMES["jumper"].expert_return == 8.460201 and len(common.GAMES) == 16
     assert common.normalize_return(4.5, 2.0, 12.0) == 0.25
     assert np.isnan(common.normalize_return(7.0, 2.0, 2.0))
+    monkeypatch.setitem(common.GAMES, "another", common.Game(0, 1, equal_actions=""))
+    assert common.distinct_actions("another").tolist() == list(range(15))
 
 
 def play(steps, seed, **settings):
