@@ -15,7 +15,7 @@ from scipy import ndimage
 import common
 
 # fraction, by game
-RANDOM_ACTIONS = dict(maze=0.1, heist=0.1, miner=0.1, plunder=0.5, bigfish=0.1)
+RANDOM_ACTIONS = dict(maze=0.1, heist=0.1, miner=0.1, plunder=0.5, bigfish=0.3)
 CELLS = dict(maze=15, heist=9, miner=10)  # a side, in "easy" mode
 MOVES = np.array([(0, -1), (0, 1), (-1, 0), (1, 0)])  # (row, column): left, right, up, down
 NINE_MOVES = np.array([(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)])
