@@ -205,7 +205,8 @@ def draw_curves(axes, returns, all_series, games):
     axes.axhline(0, color="gray", linewidth=0.8)
     axes.axhline(1, color="black", linewidth=0.8)
     count = max(seeds) if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
-    axes.set(title=f"{', '.join(games)}: {count} seeds", ylabel="normalized return")
+    unit = "seed" if count == 1 else "seeds"
+    axes.set(title=f"{', '.join(games)}: {count} {unit}", ylabel="normalized return")
     if all_series[0].x == "labels":
         axes.set_xscale("log", base=2)
         axes.set_xlabel("labelled frames")
@@ -257,6 +258,7 @@ def plot_comparison(returns, path, title, all_series, by_game):
     # references may lack some of the games; they are left out of the mean then
     groups = [returns.games_with([s for s in present if s.x])]
     if by_game:
+        groups = [games for games in groups if len(games) > 1]  # one game has its own panel
         groups += [[game] for game in returns.games]
     panels = []
     for games in groups:
