@@ -13,6 +13,7 @@ paper scale   python visualize_latents.py --game bigfish
 on a CPU      python visualize_latents.py --game miner --points 2048 --supervised-steps 500
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -292,6 +293,7 @@ def load_split(args, split, saved, idm, device):
 def main(args):
     device = common.pick_device(args)
     torch.manual_seed(args.seed)
+    warnings.filterwarnings("ignore", module="sklearn")  # fewer distinct latents than clusters
     run = args.runs_dir / args.game
     common.lock(run / "latents_metrics.npz")
 
