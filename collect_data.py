@@ -9,10 +9,8 @@ writes  otherwise experts/<game>.pt and runs/<game>/expert.csv; data/<game>/{tra
         frames_NNN.npz and labels_NNN.npz
 
 paper scale     python collect_data.py --game bigfish
-on a CPU        python collect_data.py --game miner --solver --frame-size 32 \
-                    --train-frames 262_144 --test-frames 16_384
-                python collect_data.py --game starpilot --plain --frame-size 32 --minibatches 16 \
-                    --expert-multiplier 0.5 --expert-steps 3_000_000 --train-frames 131_072
+on a CPU        python collect_data.py --game miner --solver --plain --frame-size 32 \
+                    --train-frames 131_072 --test-frames 16_384
 PPO from scratch (6.1)
                 python collect_data.py --game bigfish --train-frames 0 --expert-steps 4_000_000 \
                     --expert-multiplier 4 --runs-dir runs/scratch --experts-dir runs/scratch/experts
@@ -60,16 +58,17 @@ class Args(common.RunArgs):
     """One theme for each game, with backgrounds and sprites."""
     solver: bool = False
     """Record a solver in place of a PPO expert: maze, heist, miner, plunder, and with --one-theme
-    or --plain bigfish (experts/solvers.py)."""
+    or --plain bigfish. 10 to 50% of its actions are random (experts/solvers.py)."""
     random_play: bool = False
     """Record uniformly random actions in every split; no expert is needed."""
     temperature: float = 1.0
-    """Divides the expert's logits when it is evaluated and recorded; 1 leaves them as they are."""
+    """Divides the expert's logits when it is recorded; 1 leaves them as they are."""
 
     expert_steps: int = 25_000_000
     """Environment steps of PPO (Cobbe et al.; section 5 says 50M, 6.1 says 25M)."""
     log_every_steps: int = 100_000
-    """Environment steps between evaluations, points of the curve and saved states."""
+    """Environment steps between evaluations, points of the curve and saved states. Where episodes
+    last 1,000 steps, an evaluation of 64 can take as long as 64,000 steps of training."""
     eval_episodes: int = 64
     """Episodes of an evaluation, one in each of as many games."""
     expert_multiplier: float = 1
@@ -289,7 +288,7 @@ def train_expert(args, settings, device, path):
         metrics = ppo_update(policy, optimizer, rollout, args, generator)
         log.bar.update(T * B)
 
-        # evaluate on whole episodes, log, save
+        # at the first update past each multiple of --log-every-steps: evaluate on whole episodes
         env_step = update * T * B
         is_last = update == num_updates
         if env_step % args.log_every_steps < T * B or is_last:
@@ -359,6 +358,7 @@ def play_shards(args, recording, act, num_frames, split):
         for t in range(T):
             obs[:, t] = envs.obs
             acts = act(plain_envs.rendered if solves else envs.obs)
+            # a solver that gives up ends the episode; no window contains that step
             action[:, t] = np.where(acts == common.RESET, common.NOOP, acts)
             _, step_reward, done = envs.step(acts)
             reward[:, t] = step_reward
@@ -429,6 +429,10 @@ def main(args):
         common.fail(f"--minibatches {args.minibatches} leaves less than 2 steps in each")
     if args.solver and args.random_play:
         common.fail("--solver or --random-play: choose one")
+    if (args.solver or args.random_play) and args.train_frames == 0:
+        common.fail("--train-frames 0 trains an expert only, without --solver or --random-play")
+    if args.temperature <= 0:
+        common.fail(f"--temperature {args.temperature} must be above 0")
     settings = dict(
         game=args.game,
         frame_size=args.frame_size,
@@ -468,6 +472,8 @@ def main(args):
     returns = dict(random_return=paper.random_return, expert_return=mean_return("expert"))
     if args.num_levels:  # the paper's number is of all levels
         returns["random_return"] = mean_return("random")
+    if args.random_play:  # there is no expert
+        returns["expert_return"] = returns["random_return"]
     print(
         f"mean return: expert {returns['expert_return']:.2f}, random policy "
         f"{returns['random_return']:.2f}; the paper's expert {paper.expert_return:.2f}"

@@ -122,7 +122,7 @@ class RunArgs:
         check_flags(self)
 
 
-MAY_BE_0 = "seed num_levels train_frames test_frames random_frames grad_steps warmup_steps "
+MAY_BE_0 = "seed context num_levels train_frames test_frames random_frames grad_steps warmup_steps "
 MAY_BE_0 += "supervised_steps"
 MAY_CHANGE = "resume device compile overwrite capture_video"  # when a run goes on, like folders
 
@@ -166,12 +166,12 @@ def run(main, args_class):
 
 
 def print_next(script, args, *flags):
-    """Prints the next command, with this run's folders unless they are the defaults."""
+    """Prints the next command, with this run's seed and folders unless they are the defaults."""
     command = ["python", *script.split(), "--game", args.game, *flags]
-    for name in ("data_dir", "runs_dir"):
-        folder = getattr(args, name, None)
-        if folder not in (None, getattr(RunArgs, name)):
-            command += [f"--{name.replace('_', '-')}", str(folder)]
+    for name in ("seed", "data_dir", "runs_dir"):
+        value = getattr(args, name, None)
+        if value not in (None, getattr(RunArgs, name)):
+            command += [f"--{name.replace('_', '-')}", str(value)]
     print(f"next: {shlex.join(command)}")
 
 
@@ -626,8 +626,8 @@ class FrameStore:
     """Draws windows uniformly, with replacement, from shards that need not fit into memory.
 
     If there are more than `pool_frames` frames, memory is split in two halves: windows are drawn
-    from one, once per window on average, while threads read the next shards for the other. Frames
-    in use are on `device` if they fit there.
+    from one, once per window on average, while threads read the next shards for the other. A load
+    is what one half holds. Frames in use are on `device` if they fit there.
     """
 
     def __init__(self, args, split, context, device, dynamics_id=None, pool_frames=131_072):
@@ -655,17 +655,17 @@ class FrameStore:
             dynamics_id=dynamics_id,
         )
         self.obs = None
-        self._start(loads=0)
+        self._restart(loads_done=0)
 
-    def _start(self, loads):
-        """Makes the load that follows after `loads` earlier ones, of num_shards shards each."""
+    def _restart(self, loads_done):
+        """Starts to read, so that load number `loads_done` + 1 is in memory."""
         order = self.all_paths
         if self.streams:
             generator = torch.Generator().manual_seed(self.order_seed)
             order = endless_passes(self.all_paths, generator)
-            order = itertools.islice(order, loads * self.num_shards, None)
+            order = itertools.islice(order, loads_done * self.num_shards, None)
         self.shards = in_background(self.read, order, ahead=self.num_shards)
-        self.loads = loads
+        self.loads = loads_done
         self._load_next()
 
     def state_dict(self):
@@ -674,8 +674,8 @@ class FrameStore:
         )
 
     def load_state_dict(self, saved):
-        if saved["loads"] != self.loads:  # _start() makes the last of them itself
-            self._start(saved["loads"] - 1)
+        if saved["loads"] != self.loads:  # other shards were in memory
+            self._restart(saved["loads"] - 1)
         self.draws_left = saved["draws_left"]
         self.generator.set_state(saved["generator"])
 

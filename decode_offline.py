@@ -41,7 +41,7 @@ class Args(common.RunArgs):
     episodes: int = 64
     """Episodes that each decoder plays."""
     envs_per_decoder: int = 8
-    """Games that each decoder plays at once; each game has an equal quota of its episodes."""
+    """Games that each decoder plays at once; each has an equal quota of --episodes, rounded up."""
     capture_video: bool = False
     """Write an animation (.gif) of the agent in eight games."""
 
@@ -246,7 +246,9 @@ def play(compute_logits, num_policies, recording, args, device):
 
 
 def play_blindly(actions, recording, args):
-    """Mean return of a policy that draws actions as often as they occur in actions [n]."""
+    """Mean return of a policy that samples actions with their frequencies in actions [n] and
+    ignores the frame.
+    """
     rng = np.random.default_rng(common.derive_seed(args.seed, "blind policy"))
     frequencies = np.bincount(actions, minlength=common.NUM_ACTIONS) / len(actions)
 

@@ -2,15 +2,15 @@ r"""Stage 3, online: decode latent actions while playing, with PPO (paper, 4.3, 
 
 The latent policy's convolutions are frozen. Two sets of logits on top of them are averaged: those
 of a decoder, fitted on the agent's own transitions as the IDM labels them (SL), and those of an
-action head that learns from rewards (RL). --method rl is the ablation without the decoder; with the
-folder of baselines/train_ilpo.py, it is the paper's ILPO baseline.
+action head that learns from rewards (RL). --method rl is the ablation without the decoder; with
+--runs-dir of baselines/train_ilpo.py, it is the paper's ILPO baseline.
 
 reads   runs/<game>/latent_policy.pt, and for rl_sl latent_dynamics.pt (the IDM)
 writes  runs/<game>/decode_online_<method>.npz, .pt, .png, .csv and .gif
 
 paper scale   python decode_online_ppo.py --game bigfish
 on a CPU      python decode_online_ppo.py --game miner --env-steps 300_000 \
-                  --log-every-steps 20_000 --hidden-lr-ramp 50_000 100_000 0.1
+                  --log-every-steps 50_000 --eval-episodes 16 --hidden-lr-ramp 50_000 100_000 0.1
 """
 
 import copy
@@ -23,15 +23,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-TRAINED_LAYERS = ("action", "value", "hidden")  # of OnlinePolicy: each has its own learning rate
-
 
 @dataclass
 class Args(common.RunArgs):
     resume: bool = False
     """Continue the run that was stopped, or start one if there is none."""
     log_every_steps: int = 100_000
-    """Environment steps between evaluations, points of the curve and saved states."""
+    """Environment steps between evaluations, points of the curve and saved states. Where episodes
+    last 1,000 steps, an evaluation of 64 can take as long as 64,000 steps of training."""
     eval_episodes: int = 64
     """Episodes of an evaluation, one in each of as many games."""
     capture_video: bool = False
@@ -195,24 +194,28 @@ class OnlinePolicy(nn.Module):
         super().__init__()
         self.hidden = copy.deepcopy(hidden).requires_grad_(True)
         self.with_decoder = with_decoder
-        self.action = nn.Linear(hidden.out_features, common.NUM_ACTIONS)
-        self.value = nn.Linear(hidden.out_features, 1)
-        nn.init.zeros_(self.action.weight)  # no influence until rewards give it one
-        nn.init.orthogonal_(self.value.weight, 1.0)
-        nn.init.zeros_(self.action.bias)
-        nn.init.zeros_(self.value.bias)
+        self.action_head = nn.Linear(hidden.out_features, common.NUM_ACTIONS)
+        self.value_head = nn.Linear(hidden.out_features, 1)
+        nn.init.zeros_(self.action_head.weight)  # no influence until rewards give it one
+        nn.init.orthogonal_(self.value_head.weight, 1.0)
+        nn.init.zeros_(self.action_head.bias)
+        nn.init.zeros_(self.value_head.bias)
 
-    def parameter_groups(self):
-        """For Adam: each part has a learning rate of its own."""
-        return [dict(params=getattr(self, layer).parameters(), lr=0.0) for layer in TRAINED_LAYERS]
+    def parameter_groups(self, args):
+        """For Adam: each layer, and the ramp of its learning rate."""
+        return [
+            dict(params=self.action_head.parameters(), ramp=args.action_lr_ramp),
+            dict(params=self.value_head.parameters(), ramp=args.value_lr_ramp),
+            dict(params=self.hidden.parameters(), ramp=args.hidden_lr_ramp),
+        ]
 
     def forward(self, features, decoder_logits):
         """features (B, F), the decoder's logits (B, 15) -> logits (B, 15), value (B,)"""
         h = F.relu(self.hidden(features))  # (B, 256)
-        logits = self.action(h)
+        logits = self.action_head(h)
         if self.with_decoder:
             logits = (logits + decoder_logits) / 2
-        return logits, self.value(h)[:, 0]
+        return logits, self.value_head(h)[:, 0]
 
 
 # --- PPO: compute_gae(), ppo_loss(), sample_actions() are copies of collect_data.py ---------------
@@ -323,9 +326,8 @@ def learning_rate(env_step, ramp, lr, end):
 
 
 def set_learning_rates(optimizer, env_step, args):
-    for group, layer in zip(optimizer.param_groups, TRAINED_LAYERS):
-        ramp = getattr(args, f"{layer}_lr_ramp")
-        group["lr"] = learning_rate(env_step, ramp, args.lr, args.env_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(env_step, group["ramp"], args.lr, args.env_steps)
 
 
 # --- the decoder ----------------------------------------------------------------------------------
@@ -350,7 +352,8 @@ def label_transitions(idm, frames, first, actions, batch_size=512):
     frames uint8 (k + T + 1, B, S, S, 3), first bool (k + T + 1, B): k frames before the rollout,
     the T frames at which actions (T, B) were taken, and the one after.
     """
-    length = len(frames) - len(actions) + 1  # k + 2 frames in a window
+    T = len(actions)
+    length = len(frames) - T + 1  # k + 2 frames in a window
     episode = first.long().cumsum(0)
     inside = episode[length - 1 :] == episode[: 1 - length]  # (T, B): first and last frame agree
     step, env = inside.nonzero(as_tuple=True)  # (M,), (M,)
@@ -403,6 +406,7 @@ class OnlineDecoder:
     def learn(self, update, rollout, generator):
         """Labels the rollout of this update, and refits the decoder if it is due."""
         if not self.refits or update > self.refits[-1]:
+            self.accuracy = float("nan")  # not measured any more
             return
         z, actions = label_transitions(
             self.idm, rollout["frames"], rollout["first"], rollout["actions"]
@@ -482,13 +486,13 @@ def play_rollout(rollout, envs, frozen_forward, policy, normalize_rewards, gener
     features (B, F) and the decoder's logits (B, 15), which all epochs of PPO use.
     """
     T = len(rollout["actions"])
-    now = len(rollout["frames"]) - T - 1  # k, the row of the first frame to act on
+    context = len(rollout["frames"]) - T - 1  # k: row k holds the first frame to act on
     # the last k + 1 frames of the rollout before are the first ones of this rollout
     for name in ("frames", "first"):
-        rollout[name][: now + 1] = rollout[name][T:].clone()
+        rollout[name][: context + 1] = rollout[name][T:].clone()
     for t in range(T):
         # sample an action given o_t
-        features, decoder_logits = frozen_forward(rollout["frames"][now + t])
+        features, decoder_logits = frozen_forward(rollout["frames"][context + t])
         logits, rollout["values"][t] = policy(features, decoder_logits)
         action = sample_actions(logits, generator)
         rollout["features"][t] = features
@@ -498,8 +502,8 @@ def play_rollout(rollout, envs, frozen_forward, policy, normalize_rewards, gener
         rollout["logprobs"][t] = logprobs.gather(1, action[:, None])[:, 0]
         # o_{t+1}; where an episode has ended, the first frame of the next one
         obs, reward, done = envs.step(action.cpu().numpy())
-        rollout["frames"][now + t + 1] = torch.from_numpy(obs)
-        rollout["first"][now + t + 1] = torch.from_numpy(done)
+        rollout["frames"][context + t + 1] = torch.from_numpy(obs)
+        rollout["first"][context + t + 1] = torch.from_numpy(done)
         rollout["rewards"][t] = torch.from_numpy(normalize_rewards(reward, done))
     features, decoder_logits = frozen_forward(rollout["frames"][-1])
     _, rollout["values"][T] = policy(features, decoder_logits)
@@ -507,8 +511,8 @@ def play_rollout(rollout, envs, frozen_forward, policy, normalize_rewards, gener
 
 def check_schedules(args):
     """Ends the run on flags that cannot work."""
-    for layer in TRAINED_LAYERS:
-        ramp = getattr(args, f"{layer}_lr_ramp")
+    ramps = dict(action=args.action_lr_ramp, value=args.value_lr_ramp, hidden=args.hidden_lr_ramp)
+    for layer, ramp in ramps.items():
         if not ramp[0] < ramp[1] < args.env_steps:
             common.fail(f"--{layer}-lr-ramp {ramp} must rise, and peak before --env-steps")
     if args.num_envs * args.rollout_steps // args.minibatches < 2:
@@ -558,7 +562,7 @@ def main(args):
     z_dim = checkpoint["config"]["z_dim"]
     policy = OnlinePolicy(latent_policy.hidden, args.method == "rl_sl").to(device)
     decoder = OnlineDecoder(idm, z_dim, args, device)
-    optimizer = torch.optim.Adam(policy.parameter_groups(), fused=True)
+    optimizer = torch.optim.Adam(policy.parameter_groups(args), lr=0.0, fused=True)
     common.lock(output)
 
     # --- games and storage
@@ -604,7 +608,7 @@ def main(args):
         decoder.learn(update, rollout, generator)
         log.bar.update(rollout_size)
 
-        # evaluate on whole episodes, log, save
+        # at the first update past each multiple of --log-every-steps: evaluate on whole episodes
         env_step = update * rollout_size
         if env_step % args.log_every_steps < rollout_size or update == num_updates:
             common.check_finite(env_step, f"{output}.pt", policy)

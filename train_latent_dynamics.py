@@ -3,7 +3,7 @@ r"""Stage 1: learn latent actions from video alone (paper, section 4.1).
 The inverse dynamics model (IDM) sees o_{t-k} .. o_{t+1} and emits a latent action z_t, which is
 vector-quantized. The forward dynamics model (FDM) predicts o_{t+1} from o_{t-k} .. o_t and the
 quantized z_t. It knows the past already, so what is worth sending through the bottleneck is what
-changed: mostly, the agent's action.
+the past does not determine: ideally, the agent's action (for which games: docs/lessons.md, 5).
 
 reads   data/<game>/{train,test,random}/frames_NNN.npz (labels, if there, for metrics only)
 writes  runs/<game>/latent_dynamics.pt, {train,test}/latents_NNN.npz, train_latent_dynamics.csv
@@ -144,11 +144,11 @@ class EMAVectorQuantizer(nn.Module):
         self.positions = positions
         self.embedding_dim = embedding_dim
         self.decay = decay
-        start = torch.empty(codebooks, embeddings, embedding_dim).uniform_(-1, 1) * 5 / embeddings
+        start = torch.empty(codebooks, embeddings, embedding_dim)
+        start.uniform_(-1, 1).mul_(5 / embeddings)  # official code
         self.register_buffer("embedding", start)  # (C, K, E) = ema_sum / ema_count
         # Counts start at 1 to match the sums. With counts of 0 (official code) the first update
-        # divides unused sums by about 1e-5, and the codes explode. In a batch so large that 1 is
-        # below a tenth of the average count, unused codes restart at once, see update().
+        # divides unused sums by about 1e-5, and the codes explode.
         self.register_buffer("ema_count", torch.ones(codebooks, embeddings))  # (C, K)
         self.register_buffer("ema_sum", start.clone())  # (C, K, E)
 
@@ -373,7 +373,8 @@ def evaluate(idm, quantizer, fdm, test_windows, probe_windows, probe_actions):
     target = common.to_input(test_windows[:, -1:])
     metrics = dict(test_mse=F.mse_loss(predicted, target), copy_mse=F.mse_loss(o_t, target))
     if codes.numel():
-        # one perplexity per position: pooled, four positions stuck on four codes would show 4
+        # one perplexity per position: if each of 4 positions used a single code, pooled codes would
+        # have a perplexity of 4 and hide the collapse
         embeddings = quantizer.embedding.shape[1]
         each = [perplexity(position, embeddings) for position in codes.cpu().numpy().T]
         metrics["perplexity_mean"] = np.mean(each)
@@ -421,8 +422,9 @@ def write_latents(idm, quantizer, frames_dir, latents_dir, game, context, device
 def load_evaluation_windows(args, device):
     """Held-out windows; windows of random play and their true actions, or None.
 
-    Random play is the honest probe of z: its o_t says nothing about the action, so a memory of
-    places cannot pass. Without it (own videos), the held-out frames are probed.
+    The probe uses random play, because there o_t says nothing about the action, so z that only
+    reveals the place fails. Without it (own videos), the held-out frames are probed; fit and test
+    windows may then be of the same episode, which flatters the probe.
     """
     test = common.FrameStore(args, "test", args.context, device)
     probed = test
@@ -483,6 +485,14 @@ def make_optimizer(args, parameters):
     return optimizer, schedule
 
 
+def keep_trained(output, game):
+    """Ends the run if an untrained IDM would replace a trained one."""
+    if output.exists():
+        earlier = common.load_checkpoint(output, "latent_dynamics", game)
+        if earlier["grad_step"] > 0:
+            common.fail(f"{output} is trained; --grad-steps 0 takes a --runs-dir of its own")
+
+
 def main(args):
     device = common.pick_device(args)
     torch.manual_seed(args.seed)
@@ -491,6 +501,8 @@ def main(args):
     common.lock(output)
     if not 2 <= args.embeddings <= 256:
         common.fail(f"--embeddings {args.embeddings}: a code is stored in one byte, 2 to 256 fit")
+    if args.grad_steps == 0:
+        keep_trained(output, args.game)
 
     # --- data
     store = common.FrameStore(args, "train", args.context, device, pool_frames=args.pool_frames)

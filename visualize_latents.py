@@ -137,17 +137,16 @@ def medoids(z_q, num_clusters, seed):
     no use: the FDM was trained on quantized latents alone.
     """
     fitted = KMeans(num_clusters, n_init=4, random_state=seed).fit(z_q)
-    ids, cluster, counts = np.unique(
-        fitted.labels_,
-        return_inverse=True,
-        return_counts=True,
-    )
-    order = np.argsort(-counts, kind="stable")
-    cluster = np.argsort(order)[cluster]
-    distance = fitted.transform(z_q)[:, ids[order]]  # [N, M]
-    outside = cluster[:, None] != np.arange(len(ids))
-    distance[outside] = np.inf
-    return distance.argmin(0), cluster
+    distance = fitted.transform(z_q)  # [N, M]
+    ids, counts = np.unique(fitted.labels_, return_counts=True)
+    by_size = ids[np.argsort(-counts, kind="stable")]
+    middle = np.zeros(len(ids), int)
+    cluster = np.zeros(len(z_q), int)
+    for number, label in enumerate(by_size):
+        members = np.flatnonzero(fitted.labels_ == label)
+        middle[number] = members[distance[members, label].argmin()]
+        cluster[members] = number
+    return middle, cluster
 
 
 # --- pictures. group [N]: the distinct true action of each latent, or its cluster -----------------

@@ -283,7 +283,7 @@ def test_metrics_of_a_resumed_run_continue_at_its_step(tmp_path):
 def test_the_next_command_names_folders_that_are_not_the_defaults(capsys):
     args = common.RunArgs(game="maze", runs_dir=Path("runs/no vq"))
     common.print_next("decode_offline.py", args)
-    common.print_next("decode_offline.py", common.RunArgs(game="maze"), "--labels", "16")
+    common.print_next("decode_offline.py", common.RunArgs(game="maze", seed=2), "--labels", "16")
     first, second = capsys.readouterr().out.splitlines()
     assert first == "next: python decode_offline.py --game maze --runs-dir 'runs/no vq'"
-    assert second == "next: python decode_offline.py --game maze --labels 16"
+    assert second == "next: python decode_offline.py --game maze --labels 16 --seed 2"

@@ -166,8 +166,8 @@ def test_logits_are_the_mean_of_both_heads():
     policy = online.OnlinePolicy(layer, with_decoder=True)
     assert policy.hidden is not layer and torch.equal(policy.hidden.weight, layer.weight)
     torch.testing.assert_close(policy(features, decoded)[0], decoded / 2)  # the head starts silent
-    policy.action.weight.data.normal_()
-    by_hand = torch.relu(features @ layer.weight.T + layer.bias) @ policy.action.weight.T
+    policy.action_head.weight.data.normal_()
+    by_hand = torch.relu(features @ layer.weight.T + layer.bias) @ policy.action_head.weight.T
     logits, value = policy(features, decoded)
     torch.testing.assert_close(logits, (by_hand + decoded) / 2)
     assert value.shape == (3,)
@@ -266,7 +266,37 @@ def test_rewards_meet_their_dones_and_parts_their_learning_rates(
         assert found.keys() == {"action", "value", "hidden"}
     rows = list(csv.DictReader((root / "runs/maze/decode_online_rl_sl.csv").open()))
     assert [row["env_step"] for row in rows] == ["1024", "2048"]
-    assert 0 <= float(rows[1]["decoder_accuracy"]) <= 1
+    assert 0 <= float(rows[0]["decoder_accuracy"]) <= 1
+    assert rows[1]["decoder_accuracy"] == "nan"  # after the last refit no transition is labelled
+
+
+@pytest.mark.parametrize("context", [0, 1, 2])
+def test_transitions_are_labelled_within_episodes_against_a_naive_loop(context):
+    T, B = 5, 3
+    frames = torch.randint(256, (context + T + 1, B, 2, 2, 3), dtype=torch.uint8)
+    first = torch.rand(context + T + 1, B) < 0.3
+    actions = torch.arange(T * B).reshape(T, B)
+    naive = []
+    for t in range(T):
+        for env in range(B):
+            if not first[t + 1 : t + context + 2, env].any():
+                naive.append((frames[t : t + context + 2, env].flatten(), actions[t, env]))
+    z, labels = online.label_transitions(lambda windows: windows.flatten(1), frames, first, actions)
+    assert len(z) == len(naive) > 0
+    for row, (window, action) in enumerate(naive):
+        assert (z[row] == window).all() and labels[row] == action
+
+
+def test_without_context_all_stages_work_on_pairs_of_frames(root, toy_games):
+    flags = dict(runs_dir=root / "pairs")
+    run(stage1, root, context=0, **flags)
+    run(stage2, root, **flags)
+    run(online, root, **flags)
+    saved = load(root / "pairs/maze/latent_dynamics.pt")
+    z_dim = saved["config"]["idm"]["z_dim"]
+    assert saved["idm"]["cnn.0.weight"].shape[1] == 6  # o_t, o_{t+1}
+    assert saved["fdm"]["first_conv.weight"].shape[1] == 3 + z_dim  # o_t
+    assert load(root / "pairs/maze/decode_online_rl_sl.npz")["env_steps"][-1] == 2048
 
 
 def test_ppo_finds_the_good_action_of_each_frame(root, toy_games):

@@ -171,6 +171,7 @@ def test_stage_1_does_not_resume_on_other_frames(root):
         (collect_data, dict(train_frames=-5)),
         (collect_data, dict(num_envs=0)),
         (collect_data, dict(minibatches=0)),
+        (collect_data, dict(temperature=0.0)),
         (stage1, dict(grad_steps=-1)),
         (stage1, dict(batch_size=0)),
         (online, dict(env_steps=0)),
@@ -183,6 +184,24 @@ def test_impossible_counts_are_refused_before_any_work(root, script, flags):
     (flag,) = flags
     assert f"--{flag.replace('_', '-')}" in fails(run, script, root, **flags)
     assert {path: path.read_bytes() for path in root.rglob("*.*")} == before
+
+
+def test_a_solver_without_frames_to_record_trains_no_expert(root, record_calls):
+    trained = record_calls(collect_data, "train_expert")
+    for flags in (dict(solver=True), dict(random_play=True)):
+        message = fails(run, collect_data, root, game="miner", train_frames=0, **flags)
+        assert "trains an expert only" in message
+    assert trained == []
+
+
+def test_the_untrained_control_costs_no_trained_model(root):
+    path = root / "runs/maze/latent_dynamics.pt"
+    before = path.read_bytes()
+    assert "is trained; --grad-steps 0 takes" in fails(run, stage1, root, grad_steps=0)
+    assert path.read_bytes() == before
+    run(stage1, root, grad_steps=0, runs_dir=root / "untrained")
+    run(stage1, root, grad_steps=0, runs_dir=root / "untrained", seed=2)  # nothing to lose
+    assert load(root / "untrained/maze/latent_dynamics.pt")["grad_step"] == 0
 
 
 @pytest.mark.parametrize("script", [collect_data, online], ids=lambda script: script.__name__)

@@ -130,8 +130,9 @@ def test_claims_count_runs_and_take_the_papers_same_games(tmp_path, monkeypatch)
     paper += f"miner,lapo_rl_no_sl,0,{ends.random_return}\n"
     write_csv(tmp_path / "paper_online.csv", paper)
     monkeypatch.setattr(plot_figures, "PAPER", tmp_path)
-    monkeypatch.setattr(write_tables, "CLAIMS", [("better", "rl_sl", "rl", 100)])
-    _, (row, loss) = write_tables.claims(tmp_path)
+    claims = [("better", "rl_sl", "rl", 100), ("not run", "decoder", "bc", 16)]
+    monkeypatch.setattr(write_tables, "CLAIMS", claims)
+    _, (row, loss) = write_tables.claims(tmp_path, "miner")
     values = [
         "0.50; 0.00",
         "0.70 ± 0.28 (2 seeds); 0.70 ± 0.14 (2 seeds)",
