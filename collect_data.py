@@ -11,6 +11,8 @@ writes  otherwise experts/<game>.pt and runs/<game>/expert.csv; data/<game>/{tra
 paper scale     python collect_data.py --game bigfish
 on a CPU        python collect_data.py --game miner --solver --plain --frame-size 32 \
                     --train-frames 131_072 --test-frames 16_384
+                python collect_data.py --game miner --plain --frame-size 32 \
+                    --train-frames 262_144 --experts-dir experts/plain_32x32    # a PPO expert
 PPO from scratch (6.1)
                 python collect_data.py --game bigfish --train-frames 0 --expert-steps 4_000_000 \
                     --expert-multiplier 4 --runs-dir runs/scratch --experts-dir runs/scratch/experts
