@@ -40,7 +40,8 @@ class Args(common.RunArgs):
     overwrite: bool = False
     """Replace frames that are there."""
     experts_dir: Path = Path("experts")
-    """If <experts-dir>/<game>.pt exists, it is recorded; otherwise it is trained first."""
+    """If <experts-dir>/<game>.pt exists, it is recorded; otherwise it is trained first. One that
+    was trained with --plain can play while default pictures are recorded."""
 
     train_frames: int = 8_000_000
     """Frames to record for training (section 5: about 8M); 0 trains the expert only."""
@@ -315,7 +316,9 @@ def train_expert(args, settings, device, path):
 
 
 def load_expert(args, settings, device):
-    """The expert's policy; it is trained first if there is none."""
+    """The expert's policy, and whether it reads plain pictures; it is trained first if there is
+    none.
+    """
     path = args.experts_dir / f"{args.game}.pt"
     if not path.exists():
         print(f"expert: PPO on {args.game} for {args.expert_steps:,} steps on {device}, to {path}")
@@ -323,30 +326,31 @@ def load_expert(args, settings, device):
     expert = common.load_checkpoint(path, "expert", args.game)
     for name, value in settings.items():
         found = expert["recording"].get(name)
-        if found != value:
+        reads_plain = name == "plain" and found and args.train_frames > 0
+        if found != value and not reads_plain:
             common.fail(f"{path} was trained with {name} {found}, not {value}; see --experts-dir")
     policy = ExpertPolicy(args.frame_size, expert["multiplier"])
     policy.load_state_dict(expert["policy"])
     policy.to(device, memory_format=torch.channels_last).eval()
     print(f"expert: {path}, trained for {expert['env_step']:,} steps")
-    return policy
+    return policy, expert["recording"]["plain"]
 
 
 # --- recording ------------------------------------------------------------------------------------
 
 
-def play_shards(args, recording, act, num_frames, split):
+def play_shards(args, recording, act, reads_plain, num_frames, split):
     """Yields shards of num_envs streams x rollout_steps frames, one stream after the other: two
     dicts, frames and labels, of arrays [N, ...]. act: obs uint8 [B, S, S, 3] -> actions int [B].
 
-    A solver reads plain pictures at 64x64. Default pictures are recorded from a second set of games
-    with the same seed, which take the same actions.
+    A solver reads plain pictures at 64x64, and an expert may read plain ones, too. Default pictures
+    are recorded from a second set of games with the same seed, which take the same actions.
     """
     seed = common.derive_seed(args.seed, split)
     envs = common.ProcgenEnvs(recording, args.num_envs, seed)
     solves = args.solver and split != "random"
     plain_envs = envs
-    if solves and not args.plain:
+    if reads_plain and split != "random" and not args.plain:
         plain_envs = common.ProcgenEnvs(recording | dict(plain=True), args.num_envs, seed)
     B, S = args.num_envs, args.frame_size
     length = -(-num_frames // B)  # of each stream
@@ -359,7 +363,7 @@ def play_shards(args, recording, act, num_frames, split):
         reward = np.zeros((B, T), np.float32)
         for t in range(T):
             obs[:, t] = envs.obs
-            acts = act(plain_envs.rendered if solves else envs.obs)
+            acts = act(plain_envs.rendered if solves else plain_envs.obs)
             # a solver that gives up ends the episode; no window contains that step
             action[:, t] = np.where(acts == common.RESET, common.NOOP, acts)
             _, step_reward, done = envs.step(acts)
@@ -374,9 +378,9 @@ def play_shards(args, recording, act, num_frames, split):
         yield frames, dict(action=action.reshape(-1), reward=reward.reshape(-1))
 
 
-def record(args, recording, act, num_frames, folder):
+def record(args, recording, act, reads_plain, num_frames, folder):
     """Records shards of frames and labels; the folder appears when it is complete."""
-    shards = play_shards(args, recording, act, num_frames, folder.name)
+    shards = play_shards(args, recording, act, reads_plain, num_frames, folder.name)
     shard_frames = args.num_envs * args.rollout_steps
     bar = common.progress_bar(num_frames, "frame", folder.name)
     with common.new_folder(folder, args.overwrite) as part:
@@ -449,9 +453,9 @@ def main(args):
     splits = splits_to_record(args, settings)
     if not splits:
         return
-    expert = None
+    expert, reads_plain = None, args.solver
     if not args.solver and not args.random_play:
-        expert = load_expert(args, settings, device)
+        expert, reads_plain = load_expert(args, settings, device)
 
     def make_act(purpose):
         """obs uint8 [B, S, S, 3] -> actions int [B]; random numbers of its own for each purpose."""
@@ -465,7 +469,9 @@ def main(args):
 
     # --- mean returns of expert and random policy go into the files, for the plots
     def mean_return(purpose):
-        view = dict(plain=True, frame_size=64) if args.solver and purpose == "expert" else {}
+        view = {}
+        if reads_plain and purpose == "expert":
+            view = dict(plain=True, frame_size=64 if args.solver else args.frame_size)
         seed = common.derive_seed(args.seed, purpose)
         envs = common.ProcgenEnvs(settings | view, args.num_envs, seed)
         return common.play_episodes(envs, make_act(purpose), EPISODES_PER_GAME).mean().item()
@@ -489,7 +495,8 @@ def main(args):
         warning = "warning: the disk may be too small; " if free < size / 2 else ""
         print(f"{split}: {warning}{size:.2g} GB, on disk 2 to 50 times less; {free:.0f} GB free")
         folder = args.data_dir / args.game / split
-        record(args, recording | returns, make_act(split), recording["num_frames"], folder)
+        num_frames = recording["num_frames"]
+        record(args, recording | returns, make_act(split), reads_plain, num_frames, folder)
     common.print_next("train_latent_dynamics.py", args)
 
 

@@ -170,7 +170,7 @@ def test_an_episode_that_is_given_up_has_no_action(tmp_path):
     def give_up(obs):
         return np.array([common.RESET, 9])  # 9 does nothing in maze
 
-    ((frames, labels),) = collect_data.play_shards(args, recording, give_up, 10, "train")
+    ((frames, labels),) = collect_data.play_shards(args, recording, give_up, False, 10, "train")
     assert labels["action"].tolist() == [common.NOOP] * 5 + [9] * 5
     assert frames["first"].tolist() == [True] * 5 + [True] + [False] * 4
 
@@ -242,6 +242,23 @@ def test_the_solver_acts_for_the_same_games_in_default_pictures(tmp_path, no_eva
         envs.step(action[:, t])
         twin.step(action[:, t])
     assert 0.85 < np.mean(agreed) < 0.97  # a tenth of the actions is random
+
+
+def test_an_expert_of_plain_pictures_plays_while_default_ones_are_recorded(tmp_path):
+    flags = dict(game="miner", expert_multiplier=0.5, temperature=0.05)  # nearly greedy
+    run(collect_data, tmp_path, plain=True, data_dir=tmp_path / "plain", **flags)
+    run(collect_data, tmp_path, **flags)
+    for split in SPLITS:
+        for path in sorted((tmp_path / "plain/miner" / split).glob("*.npz")):
+            one, other = load(path), load(tmp_path / "data/miner" / split / path.name)
+            assert one["settings"]["plain"] and not other["settings"]["plain"]
+            assert one["settings"]["expert_return"] == other["settings"]["expert_return"]
+            for name in one.keys() - {"settings"}:
+                same = np.array_equal(one[name], other[name])
+                assert same == (name != "obs"), (path, name)
+    # without frames to record, the expert itself is wanted
+    message = fails(run, collect_data, tmp_path, train_frames=0, **flags)
+    assert "was trained with plain True, not False" in message
 
 
 def test_games_that_differ_in_plain_pictures_end_the_recording(tmp_path, no_evaluation):
