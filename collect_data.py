@@ -71,7 +71,7 @@ class Args(common.RunArgs):
     """Environment steps of PPO (Cobbe et al.; section 5 says 50M, 6.1 says 25M)."""
     log_every_steps: int = 100_000
     """Environment steps between evaluations, points of the curve and saved states. Where episodes
-    last 1,000 steps, an evaluation of 64 can take as long as 64,000 steps of training."""
+    last 1,000 steps, an evaluation of 64 games plays 64,000 steps more."""
     eval_episodes: int = 64
     """Episodes of an evaluation, one in each of as many games."""
     expert_multiplier: float = 1
@@ -477,11 +477,12 @@ def main(args):
         return common.play_episodes(envs, make_act(purpose), EPISODES_PER_GAME).mean().item()
 
     paper = common.GAMES[args.game]
-    returns = dict(random_return=paper.random_return, expert_return=mean_return("expert"))
+    returns = dict(random_return=paper.random_return)
     if args.num_levels:  # the paper's number is of all levels
         returns["random_return"] = mean_return("random")
-    if args.random_play:  # there is no expert
-        returns["expert_return"] = returns["random_return"]
+    returns["expert_return"] = returns["random_return"]
+    if not args.random_play:
+        returns["expert_return"] = mean_return("expert")
     print(
         f"mean return: expert {returns['expert_return']:.2f}, random policy "
         f"{returns['random_return']:.2f}; the paper's expert {paper.expert_return:.2f}"

@@ -30,7 +30,7 @@ class Args(common.RunArgs):
     """Continue the run that was stopped, or start one if there is none."""
     log_every_steps: int = 100_000
     """Environment steps between evaluations, points of the curve and saved states. Where episodes
-    last 1,000 steps, an evaluation of 64 can take as long as 64,000 steps of training."""
+    last 1,000 steps, an evaluation of 64 games plays 64,000 steps more."""
     eval_episodes: int = 64
     """Episodes of an evaluation, one in each of as many games."""
     capture_video: bool = False

@@ -159,6 +159,8 @@ def test_each_player_has_random_numbers_of_its_own(tmp_path, no_evaluation):
     for split in SPLITS:
         shards = sorted((tmp_path / f"data/bigfish/{split}").glob("labels_*.npz"))
         actions.append(tuple(np.concatenate([load(path)["action"] for path in shards])))
+        settings = load(shards[0])["settings"]
+        assert settings["expert_return"] == settings["random_return"]  # there is no expert
     assert len(set(actions)) == 3
 
 
