@@ -1,5 +1,7 @@
 """A run that is killed and resumed ends with the same bytes as one that was not."""
 
+import importlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,12 +18,8 @@ import train_latent_bc as stage2
 import train_latent_dynamics as stage1
 
 
-def run_and_kill(script, args, updates_after_the_save):
-    """Runs main() in a child process that SIGKILLs itself some updates after its first save."""
-    if child := os.fork():
-        status = os.waitpid(child, 0)[1]
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        return
+def run_until_killed(script, args, updates_after_the_save):
+    """Runs a script's main(); the process SIGKILLs itself some updates after its first save."""
     save_state, backward = common.save_state, torch.Tensor.backward
     counts = dict(saves=0, updates=0)
 
@@ -36,10 +34,17 @@ def run_and_kill(script, args, updates_after_the_save):
             os.kill(os.getpid(), signal.SIGKILL)
 
     common.save_state, torch.Tensor.backward = counting_save, counting_backward
-    try:
-        script.main(args)
-    finally:
-        os._exit(1)  # it should not get here
+    importlib.import_module(script).main(args)
+
+
+def run_and_kill(script, args, updates_after_the_save):
+    """The same in a fresh child process: a fork would inherit locks of threads that it lacks."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=run_until_killed, args=(script.__name__, args, updates_after_the_save)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 STREAMED = dict(pool_frames=130, batch_size=48, grad_steps=12, eval_every=6)  # a shard at a time
