@@ -227,12 +227,13 @@ def draw_seeds(axes, rows, columns):
             axes.plot(steps, y, style, color=f"C{seed:.0f}", label=label)
 
 
-def new_figure(panels, title):
+def new_figure(panels, title, sharey=False):
     """A figure and its axes, one for each panel."""
     columns = math.ceil(math.sqrt(panels))
     rows = math.ceil(panels / columns)
     size = (max(8, 5 * columns), 4 * rows + 2)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    options = dict(layout="constrained", squeeze=False, sharey=sharey)
+    figure, axes = plt.subplots(rows, columns, figsize=size, **options)
     for unused in axes.flat[panels:]:
         unused.remove()
     figure.suptitle(title)
@@ -281,10 +282,10 @@ def plot_comparison(returns, path, title, all_series, by_game):
 
 
 def plot_training(path, title, rows, variant, columns, ylabel):
-    """A panel for each game with columns of a table of training metrics."""
+    """A panel for each game with columns of a table of training metrics, all on one scale."""
     games = sorted({row["game"] for row in select(rows, variant=variant)})
     if games:
-        figure, axes = new_figure(len(games), title)
+        figure, axes = new_figure(len(games), title, sharey=True)
         for panel_axes, game in zip(axes, games):
             draw_seeds(panel_axes, select(rows, variant=variant, game=game), columns)
             panel_axes.set(title=game, xlabel="gradient steps", ylabel=ylabel)
@@ -293,7 +294,8 @@ def plot_training(path, title, rows, variant, columns, ylabel):
 
 def main(args):
     figures = args.results_dir / "figures"
-    scale = args.results_dir.name
+    stage_1 = read_table(args.results_dir / "stage_1.csv")
+    of_lapo = select(stage_1, variant="lapo")
     if (args.results_dir / "returns.csv").exists():
         returns = Returns(args.results_dir / "returns.csv")
         title = "Figure 3: latent policies decoded online"
@@ -303,9 +305,9 @@ def main(args):
         title = "Figure 4: latent policies decoded offline"
         offline = list(OFFLINE.values())
         plot_comparison(returns, figures / "figure_4.png", title, offline, by_game=True)
-        lapo = select(returns.rows, variant="lapo")
-        scale = f"{', '.join(sorted({row['scale'] for row in lapo}))} pictures"
-    stage_1 = read_table(args.results_dir / "stage_1.csv")
+        of_lapo = select(returns.rows, variant="lapo")
+    # tables of stage 1 had no scale at first
+    scale = f"{', '.join(sorted({row.get('scale', '') for row in of_lapo}))} pictures"
     title = f"Stage 1, random play: a linear probe of z (solid), majority class (dotted)\n{scale}"
     columns = {"probe": ".-", "majority": ":"}
     plot_training(figures / "probe.png", title, stage_1, "lapo", columns, "accuracy")

@@ -26,7 +26,8 @@ import tyro
 MAX_POINTS = 32  # of a curve
 RUN = ["variant", "game", "seed"]
 RETURNS = "scale method labels env_steps decoder mean_return policy_accuracy episodes kind"
-STAGE_1 = "grad_step probe majority train_mse test_mse copy_mse perplexity_mean perplexity_min"
+STAGE_1 = "scale grad_step probe majority train_mse test_mse copy_mse perplexity_mean"
+STAGE_1 += " perplexity_min"
 STAGE_2 = "grad_step variance_explained test_mse"
 ILPO = "grad_step map_accuracy majority test_mse copy_mse perplexity policy_perplexity"
 ILPO += " policy_entropy"
@@ -188,6 +189,10 @@ def main(args):
         for file, (table, _) in TRAINING.items():
             if (folder / file).exists():
                 found[table] = thin(read_csv(folder / file))
+        if (folder / "latent_dynamics.pt").exists():
+            path = folder / "latent_dynamics.pt"
+            saved = common.load_checkpoint(path, "latent_dynamics", run["game"])
+            run["scale"] = describe_scale(saved["recording"])
         if (folder / "latents_metrics.npz").exists():
             metrics = common.load_npz(folder / "latents_metrics.npz")
             known = [name for name in LATENTS.split() if name in metrics]

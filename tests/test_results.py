@@ -197,8 +197,14 @@ def test_continuous_control_has_endings_and_the_mean_action_twice(tmp_path):
 def test_training_metrics_are_thinned_and_nan_is_empty(tmp_path):
     lines = [f"{step},{step / 3},nan,0.5" for step in range(0, 1001, 10)]
     text = "\n".join(["grad_step,probe,train_mse,unknown", *lines])
-    write_csv(tmp_path / "x/seed_2/maze/train_latent_dynamics.csv", text)
+    run = tmp_path / "x/seed_2/maze"
+    write_csv(run / "train_latent_dynamics.csv", text)
+    recording = dict(frame_size=16, plain=True)
+    common.save_checkpoint(
+        run / "latent_dynamics.pt", kind="latent_dynamics", game="maze", recording=recording
+    )
     rows = summary(tmp_path, "stage_1.csv")
+    assert rows[0]["scale"] == "16x16 plain"
     assert len(rows) == summarize.MAX_POINTS
     assert (rows[0]["grad_step"], rows[-1]["grad_step"]) == ("0", "1000")
     assert rows[-1]["probe"] == "333.333" and rows[-1]["train_mse"] == ""
@@ -285,16 +291,26 @@ def test_figure_shows_means_band_and_the_papers_curve_of_the_same_games(tmp_path
     plot_figures.plt.close("all")
 
 
-def test_figures_are_written_only_where_there_are_runs(tmp_path):
+def test_figures_are_written_only_where_there_are_runs(tmp_path, monkeypatch):
     returns_table(tmp_path, TWO_GAMES)
     text = "variant,game,seed,grad_step,probe,majority\nlapo,miner,1,0,0.1,0.2\n"
     write_csv(tmp_path / "stage_1.csv", text)
     plot_figures.main(plot_figures.Args(tmp_path))
     written = {path.name for path in tmp_path.glob("figures/*")}
     assert written == {"figure_3.png", "figure_3_games.png", "figure_4.png", "probe.png"}
-    write_csv(tmp_path / "stage_1_alone/stage_1.csv", text)  # as of random play, never decoded
-    plot_figures.main(plot_figures.Args(tmp_path / "stage_1_alone"))
-    assert [path.name for path in tmp_path.glob("stage_1_alone/figures/*")] == ["probe.png"]
+
+    # as of random play, never decoded
+    text = "variant,game,seed,scale,grad_step,probe,majority\n"
+    text += "lapo,miner,1,8x8,0,0.1,0.2\nlapo,maze,1,8x8,0,0.9,0.2\n"
+    write_csv(tmp_path / "alone/stage_1.csv", text)
+    figures = []
+    monkeypatch.setattr(plot_figures, "finish", lambda figure, path: figures.append((path, figure)))
+    plot_figures.main(plot_figures.Args(tmp_path / "alone"))
+    ((path, figure),) = figures
+    assert path == tmp_path / "alone/figures/probe.png"
+    assert figure.get_suptitle().endswith("8x8 pictures")
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()  # games can be compared
+    plot_figures.plt.close("all")
     assert "is missing" in fails(plot_figures.main, plot_figures.Args(tmp_path / "none"))
     table = TWO_GAMES.replace("expert", "blind")
     assert "what the expert" in fails(Returns(returns_table(tmp_path, table)).normalize, 1, "maze")
