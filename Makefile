@@ -59,7 +59,7 @@ demo-offline: demo-stage-2
 demo-online: demo-offline
 	$(PY) decode_online_ppo.py $(call DEMO,runs) --env-steps 98_304 --hidden-lr-ramp 50_000 80_000 0.1 --log-every-steps 32_768 --eval-episodes 16
 demo-pictures: demo-stage-1
-	$(PY) visualize_latents.py $(call DEMO,runs) --points 2048 --supervised-steps 300 > demo/pictures.log 2>&1
+	$(PY) visualize_latents.py $(call DEMO,runs) --points 2048 > demo/pictures.log 2>&1
 demo-clone: demo-stage-2
 	$(PY) -m baselines.label_efficiency $(call DEMO,runs) --methods bc --labels 256 --decoder-seeds 2 --episodes 16 --labelled-steps 300 --clone-lr 1e-3 --capture-video > demo/clone.log 2>&1
 demo-untrained:
@@ -85,7 +85,7 @@ laptop: .venv/installed
 	$(PY) decode_offline.py $(call SMALL,untrained) $(SMALL_3)
 	$(PY) -m baselines.label_efficiency $(call SMALL,lapo) $(SMALL_3) $(SMALL_CLONE) --methods bc bc_all
 	$(PY) decode_online_ppo.py $(call SMALL,lapo) --method rl_sl $(SMALL_ONLINE) --resume
-	$(PY) visualize_latents.py $(call SMALL,lapo) --supervised-steps 500
+	$(PY) visualize_latents.py $(call SMALL,lapo)
 
 # VPT and LAPO+ clone all frames for each number of labels and each seed, so there are fewer of them
 laptop-ablations: .venv/installed

@@ -64,8 +64,6 @@ class Args(common.RunArgs):
     or --plain bigfish. 10 to 50% of its actions are random (experts/solvers.py)."""
     random_play: bool = False
     """Record uniformly random actions in every split; no expert is needed."""
-    temperature: float = 1.0
-    """Divides the expert's logits when it is recorded; 1 leaves them as they are."""
 
     expert_steps: int = 25_000_000
     """Environment steps of PPO (Cobbe et al.; section 5 says 50M, 6.1 says 25M)."""
@@ -220,26 +218,6 @@ def ppo_update(policy, optimizer, rollout, args, generator):
     return metrics
 
 
-def sample_actions(logits, generator):
-    """logits (B, A) -> actions int64 (B,), drawn from the softmax."""
-    probabilities = logits.softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-
-
-def make_player(compute_logits, device, seed):
-    """act: obs uint8 [B, S, S, 3] -> actions int [B], sampled. compute_logits: obs (B, S, S, 3) on
-    the device -> logits (B, 15).
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    @torch.no_grad()
-    def act(obs):
-        logits = compute_logits(torch.from_numpy(obs).to(device))
-        return sample_actions(logits, generator).cpu().numpy()
-
-    return act
-
-
 # --- the expert -----------------------------------------------------------------------------------
 
 
@@ -277,7 +255,7 @@ def train_expert(args, settings, device, path):
             for t in range(T):
                 obs[t] = torch.from_numpy(envs.obs)
                 logits, values[t] = policy(obs[t])
-                actions[t] = sample_actions(logits, generator)
+                actions[t] = common.sample_actions(logits, generator)
                 logprobs[t] = logits.log_softmax(-1).gather(1, actions[t, :, None])[:, 0]
                 _, reward, done = envs.step(actions[t].cpu().numpy())
                 rewards[t] = torch.from_numpy(normalize_rewards(reward, done))
@@ -296,7 +274,7 @@ def train_expert(args, settings, device, path):
         is_last = update == num_updates
         if env_step % args.log_every_steps < T * B or is_last:
             common.check_finite(env_step, run / "expert.pt", policy)
-            act = make_player(lambda obs: policy(obs)[0], device, eval_seed)
+            act = common.make_player(lambda obs: policy(obs)[0], device, eval_seed)
             metrics["eval_return"] = common.evaluation_returns(settings, act, args).mean()
             mean_return, episodes = common.pop_ended(envs)
             log.write(env_step=env_step, mean_return=mean_return, episodes=episodes, **metrics)
@@ -407,7 +385,6 @@ def splits_to_record(args, settings):
             start_level=0 if split == "train" else args.num_levels,  # the next n; 0: all levels
             split=split,
             seed=args.seed,
-            temperature=args.temperature,
             solver=args.solver,
             random_play=args.random_play,
             num_frames=num_frames,
@@ -437,8 +414,6 @@ def main(args):
         common.fail("--solver or --random-play: choose one")
     if (args.solver or args.random_play) and args.train_frames == 0:
         common.fail("--train-frames 0 trains an expert only, without --solver or --random-play")
-    if args.temperature <= 0:
-        common.fail(f"--temperature {args.temperature} must be above 0")
     settings = dict(
         game=args.game,
         frame_size=args.frame_size,
@@ -465,7 +440,7 @@ def main(args):
             return lambda obs: rng.integers(common.NUM_ACTIONS, size=len(obs))
         if args.solver:
             return Solver(args.game, seed)
-        return make_player(lambda obs: expert(obs)[0] / args.temperature, device, seed)
+        return common.make_player(lambda obs: expert(obs)[0], device, seed)
 
     # --- mean returns of expert and random policy go into the files, for the plots
     def mean_return(purpose):

@@ -123,7 +123,7 @@ class RunArgs:
 
 
 MAY_BE_0 = "seed context num_levels train_frames test_frames random_frames grad_steps warmup_steps "
-MAY_BE_0 += "supervised_steps"
+MAY_BE_0 += "supervised_steps"  # of continuous_control
 MAY_CHANGE = "resume device compile overwrite capture_video"  # when a run goes on, like folders
 
 
@@ -192,9 +192,6 @@ def pick_device(args):
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} is not usable ({str(error).splitlines()[0]}); try --device cpu")
-    if name == "cpu" and getattr(args, "bf16", False):
-        if not torch.cpu.get_capabilities().get("avx512_bf16"):
-            print("warning: this CPU has no units for --bf16, which can be ten times slower here")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU; no effect on the CPU's float32
     torch.backends.cudnn.benchmark = True
     return torch.device(name)
@@ -309,6 +306,26 @@ class RewardNormalizer:
     def load_state_dict(self, saved):
         vars(self).update(saved)
         self.discounted = np.array(saved["discounted"])
+
+
+def sample_actions(logits, generator):
+    """logits (B, A) -> actions int64 (B,), drawn from the softmax."""
+    probabilities = logits.softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def make_player(compute_logits, device, seed):
+    """act: obs uint8 [B, S, S, 3] -> actions int [B], sampled. compute_logits: obs (B, S, S, 3) on
+    the device -> logits (B, 15).
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    @torch.no_grad()
+    def act(obs):
+        logits = compute_logits(torch.from_numpy(obs).to(device))
+        return sample_actions(logits, generator).cpu().numpy()
+
+    return act
 
 
 @torch.no_grad()
@@ -519,7 +536,7 @@ class Shard(NamedTuple):
     obs: np.ndarray  # uint8 [N, S, S, 3]
     valid: np.ndarray  # bool [N], see valid_windows()
     z: np.ndarray  # float16 [N, Z]; Z is 0 where latents are not read
-    recording: dict  # how it was recorded, see collect_data.py
+    recording: dict  # game, frame_size, plain, levels, mean returns, ..., see collect_data.py
 
 
 def list_shards(folder):

@@ -91,7 +91,7 @@ class LatentPolicy(nn.Module):
         self.register_buffer("std", torch.ones(z_dim))
 
     def features(self, obs):
-        """uint8 (B, S, S, 3) -> the convolutions' output (B, F)"""
+        """uint8 (B, S, S, 3) -> the convolutions' output (B, F), which stage 3 keeps frozen"""
         return self.cnn(common.to_input(obs[:, None]))
 
     def latent(self, features):
@@ -139,26 +139,6 @@ def fit_decoder(decoder, z, actions, args, generator):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
-
-def sample_actions(logits, generator):
-    """logits (B, A) -> actions int64 (B,), drawn from the softmax."""
-    probabilities = logits.softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-
-
-def make_player(compute_logits, device, seed):
-    """act: obs uint8 [B, S, S, 3] -> actions int [B], sampled. compute_logits: obs (B, S, S, 3) on
-    the device -> logits (B, 15).
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    @torch.no_grad()
-    def act(obs):
-        logits = compute_logits(torch.from_numpy(obs).to(device))
-        return sample_actions(logits, generator).cpu().numpy()
-
-    return act
 
 
 def load_policy(run, game, device):
@@ -238,7 +218,9 @@ def play(compute_logits, num_policies, recording, args, device):
     """Mean returns [num_policies]. compute_logits: frames uint8 (num_policies * n, S, S, 3) ->
     logits (num_policies * n, 15), of which policy i computes the i-th part for its own n games.
     """
-    act = make_player(compute_logits, device, common.derive_seed(args.seed, "sample actions"))
+    act = common.make_player(
+        compute_logits, device, common.derive_seed(args.seed, "sample actions")
+    )
     seed = common.derive_seed(args.seed, "decode offline")
     envs = common.ProcgenEnvs(recording, num_policies * args.envs_per_decoder, seed)
     quota = -(-args.episodes // args.envs_per_decoder)
@@ -327,7 +309,7 @@ def main(args):
     if args.capture_video:
         most = int(np.argmax(args.labels))
         decoder = decoders[most * args.decoder_seeds]
-        act = make_player(lambda obs: decoder(policy(obs)), device, args.seed)
+        act = common.make_player(lambda obs: decoder(policy(obs)), device, args.seed)
         common.capture_video(run / "decode_offline.gif", recording, act, args.seed)
     print("  labels     return          normalized  accuracy from z  accuracy from o_t")
     for i, count in enumerate(args.labels):

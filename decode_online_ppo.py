@@ -150,7 +150,7 @@ class LatentPolicy(nn.Module):
         self.register_buffer("std", torch.ones(z_dim))
 
     def features(self, obs):
-        """uint8 (B, S, S, 3) -> the convolutions' output (B, F)"""
+        """uint8 (B, S, S, 3) -> the convolutions' output (B, F), which stage 3 keeps frozen"""
         return self.cnn(common.to_input(obs[:, None]))
 
     def latent(self, features):
@@ -213,12 +213,12 @@ class OnlinePolicy(nn.Module):
         """features (B, F), the decoder's logits (B, 15) -> logits (B, 15), value (B,)"""
         h = F.relu(self.hidden(features))  # (B, 256)
         logits = self.action_head(h)
-        if self.with_decoder:
+        if self.with_decoder:  # the mean of both (official code)
             logits = (logits + decoder_logits) / 2
         return logits, self.value_head(h)[:, 0]
 
 
-# --- PPO: compute_gae(), ppo_loss(), sample_actions() are copies of collect_data.py ---------------
+# --- PPO: compute_gae() and ppo_loss() are copies of collect_data.py ------------------------------
 
 
 def compute_gae(rewards, values, dones, gamma, gae_lambda):
@@ -295,26 +295,6 @@ def ppo_update(policy, optimizer, rollout, args, generator):
             nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
             optimizer.step()
     return metrics
-
-
-def sample_actions(logits, generator):
-    """logits (B, A) -> actions int64 (B,), drawn from the softmax."""
-    probabilities = logits.softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-
-
-def make_player(compute_logits, device, seed):
-    """act: obs uint8 [B, S, S, 3] -> actions int [B], sampled. compute_logits: obs (B, S, S, 3) on
-    the device -> logits (B, 15).
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    @torch.no_grad()
-    def act(obs):
-        logits = compute_logits(torch.from_numpy(obs).to(device))
-        return sample_actions(logits, generator).cpu().numpy()
-
-    return act
 
 
 def learning_rate(env_step, ramp, lr, end):
@@ -494,7 +474,7 @@ def play_rollout(rollout, envs, frozen_forward, policy, normalize_rewards, gener
         # sample an action given o_t
         features, decoder_logits = frozen_forward(rollout["frames"][context + t])
         logits, rollout["values"][t] = policy(features, decoder_logits)
-        action = sample_actions(logits, generator)
+        action = common.sample_actions(logits, generator)
         rollout["features"][t] = features
         rollout["decoder_logits"][t] = decoder_logits
         rollout["actions"][t] = action
@@ -600,8 +580,8 @@ def main(args):
     for update in range(start // rollout_size + 1, num_updates + 1):
         # play T steps of each game
         play_rollout(rollout, envs, frozen_forward, policy, normalize_rewards, generator)
-        # RL: PPO, at the learning rates of the step at which this rollout began (official code);
-        # all are 0 for the first 25,000 steps
+        # RL: PPO, at the learning rates of the step at which this rollout began (official code).
+        # Until step 25,000 all are 0: PPO runs but changes no weight, and only the decoder learns
         set_learning_rates(optimizer, (update - 1) * rollout_size, args)
         metrics = ppo_update(policy, optimizer, rollout, args, generator)
         # SL: the IDM labels these transitions, the decoder is refitted on all so far
@@ -612,7 +592,7 @@ def main(args):
         env_step = update * rollout_size
         if env_step % args.log_every_steps < rollout_size or update == num_updates:
             common.check_finite(env_step, f"{output}.pt", policy)
-            act = make_player(compute_logits, device, eval_seed)
+            act = common.make_player(compute_logits, device, eval_seed)
             eval_returns = common.evaluation_returns(recording, act, args)
             metrics["eval_return"] = eval_returns.mean()
             metrics["decoder_accuracy"] = decoder.accuracy
@@ -635,7 +615,7 @@ def main(args):
             )
     log.bar.close()
     if args.capture_video:
-        act = make_player(compute_logits, device, eval_seed)
+        act = common.make_player(compute_logits, device, eval_seed)
         common.capture_video(f"{output}.gif", recording, act, args.seed)
     mean_return = np.mean(curve["eval_returns"][-1])
     print(f"{args.method}: mean return {mean_return:.2f}; {output}.npz, .pt, .png and .csv")

@@ -29,8 +29,6 @@ class Args(common.RunArgs):
     """Continue the run that was stopped, or start one if there is none."""
     compile: bool = False
     """Compile the loss with torch.compile."""
-    bf16: bool = False
-    """Compute layers in bfloat16; weights stay float32. Slow on a CPU without units for it."""
     pool_frames: int = 1_000_000
     """Frames in memory (12 KB each at 64x64); if there are more on disk, they are streamed."""
     eval_every: int = 2000
@@ -97,7 +95,7 @@ class LatentPolicy(nn.Module):
         self.register_buffer("std", torch.ones(z_dim))
 
     def features(self, obs):
-        """uint8 (B, S, S, 3) -> the convolutions' output (B, F)"""
+        """uint8 (B, S, S, 3) -> the convolutions' output (B, F), which stage 3 keeps frozen"""
         return self.cnn(common.to_input(obs[:, None]))
 
     def latent(self, features):
@@ -188,8 +186,7 @@ def main(args):
         rows = store.draw(args.batch_size)
         obs = store.frames_at(rows)
         z = store.z_at(rows)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            loss = compute_loss(policy, obs, z)
+        loss = compute_loss(policy, obs, z)
         # one step of AdamW
         optimizer.zero_grad()
         loss.backward()

@@ -38,8 +38,6 @@ class Args(common.RunArgs):
     """Continue the run that was stopped, or start one if there is none."""
     compile: bool = False
     """Compile the loss with torch.compile."""
-    bf16: bool = False
-    """Compute layers in bfloat16; weights stay float32. Slow on a CPU without units for it."""
     pool_frames: int = 1_000_000
     """Frames in memory (12 KB each at 64x64); if there are more on disk, they are streamed."""
     eval_every: int = 2000
@@ -135,7 +133,8 @@ class IDM(nn.Module):
 class EMAVectorQuantizer(nn.Module):
     """Replaces each sub-vector of z by its nearest embedding. Embeddings are moving averages of the
     sub-vectors assigned to them (van den Oord et al. 2017, A.1). z is viewed as C codebooks x E
-    numbers x P positions; the P positions share a codebook (official code).
+    numbers x P positions (official code), so neighbours in z belong to different positions. The P
+    positions, the paper's discrete latents, share a codebook.
     """
 
     def __init__(self, codebooks, positions, embeddings, embedding_dim, decay):
@@ -154,9 +153,9 @@ class EMAVectorQuantizer(nn.Module):
 
     def forward(self, z):
         """z (B, C * E * P) -> z_q of the same shape, commitment loss (), codes int64 (B, C * P)"""
-        x = z.float().view(-1, self.codebooks, self.embedding_dim, self.positions)
+        x = z.view(-1, self.codebooks, self.embedding_dim, self.positions)
         x = x.permute(1, 0, 3, 2).flatten(1, 2)  # (C, B * P, E): the sub-vectors
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        with torch.no_grad():
             # exact differences: a matrix product in TF32 would not resolve codes close together
             exact = "donot_use_mm_for_euclid_dist"
             distance = torch.cdist(x, self.embedding, compute_mode=exact)  # (C, B * P, K)
@@ -288,22 +287,12 @@ class FDM(nn.Module):
         for block, skip in zip(self.up[1:], reversed(skips)):
             x = block(torch.cat([x, skip], 1))  # at last (B, width, S, S)
         x = self.last(torch.cat([x, past], 1))  # (B, 3, S, S)
-        return past[:, -3:] + x if self.predict_change else x.tanh() / 2
+        if self.predict_change:
+            return past[:, -3:] + x
+        return x.tanh() / 2  # frames lie in [-0.5, 0.5], see common.to_input()
 
 
 # --- training -------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def scale_head(idm, windows, std):
-    """Data-dependent initialization (Salimans & Kingma 2016): each number of z gets mean 0 and this
-    std over the windows uint8 (B, k + 2, S, S, 3).
-    """
-    z = idm(windows)
-    scale = std / (z.std(0) + 1e-8)
-    idm.head.weight *= scale[:, None]
-    centered = idm.head.bias - z.mean(0)
-    idm.head.bias.copy_(centered * scale)
 
 
 def dynamics_loss(idm, quantizer, fdm, windows, commitment_cost):
@@ -485,6 +474,18 @@ def make_optimizer(args, parameters):
     return optimizer, schedule
 
 
+@torch.no_grad()
+def scale_head(idm, windows, std):
+    """For --z-std, not in the paper: data-dependent initialization (Salimans & Kingma 2016). Each
+    number of z gets mean 0 and this std over the windows uint8 (B, k + 2, S, S, 3).
+    """
+    z = idm(windows)
+    scale = std / (z.std(0) + 1e-8)
+    idm.head.weight *= scale[:, None]
+    centered = idm.head.bias - z.mean(0)
+    idm.head.bias.copy_(centered * scale)
+
+
 def keep_trained(output, game):
     """Ends the run if an untrained IDM would replace a trained one."""
     if output.exists():
@@ -508,8 +509,9 @@ def main(args):
     store = common.FrameStore(args, "train", args.context, device, pool_frames=args.pool_frames)
     size = store.frame_size
     frames_id = common.frames_id(common.list_shards(store.folder))
-    evaluation_windows = load_evaluation_windows(args, device)
-    if evaluation_windows[0].shape[2] != size:
+    # the FDM is tested on the expert's play, the probe of z on random play
+    test_windows, probe_windows, probe_actions = load_evaluation_windows(args, device)
+    if test_windows.shape[2] != size:
         common.fail(f"the splits of {data} differ in frame size")
 
     # --- networks
@@ -536,7 +538,7 @@ def main(args):
     def evaluate_and_save(grad_step, train_mse, commitment_loss):
         common.check_finite(grad_step, output, idm, fdm)
         metrics = dict(train_mse=train_mse, commitment_loss=commitment_loss)
-        metrics |= evaluate(idm, quantizer, fdm, *evaluation_windows)
+        metrics |= evaluate(idm, quantizer, fdm, test_windows, probe_windows, probe_actions)
         log.write(grad_step=grad_step, **metrics)
         if grad_step == 0 and args.grad_steps > 0:
             return  # an earlier checkpoint stays until there is a trained one
@@ -562,8 +564,7 @@ def main(args):
         # a minibatch of windows o_{t-k} .. o_{t+1}
         windows = store.windows_at(store.draw(args.batch_size))
         # the IDM labels them with z_t; the FDM predicts o_{t+1}, given the quantized z_t
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            losses = compute_loss(idm, quantizer, fdm, windows, args.commitment_cost)
+        losses = compute_loss(idm, quantizer, fdm, windows, args.commitment_cost)
         loss, mse, commitment_loss = losses
         # one step of AdamW for both networks; the codebooks moved in the forward pass
         optimizer.zero_grad()

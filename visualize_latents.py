@@ -10,7 +10,7 @@ writes  runs/<game>/latents_metrics.npz, latents.png (map, and frames of the clu
         fdm.png (the FDM's predictions with the latents of each action)
 
 paper scale   python visualize_latents.py --game bigfish
-on a CPU      python visualize_latents.py --game miner --points 2048 --supervised-steps 500
+on a CPU      python visualize_latents.py --game miner --points 2048
 """
 
 import warnings
@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
-from train_latent_dynamics import IDM, PROBE_FIT
-from train_latent_dynamics import build_models, in_batches, linear_probe
+from train_latent_dynamics import PROBE_FIT, build_models, in_batches, linear_probe
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -44,9 +43,6 @@ class Args(common.RunArgs):
     """Windows of each split: held-out ones to plot, and others to fit the probes on."""
     projection: Literal["umap", "pca"] = "umap"
     """How latents are mapped to two dimensions (the paper: UMAP)."""
-    supervised_steps: int = 3000
-    """Updates of an IDM trained on true actions of the frames in memory: a reference, and with few
-    updates not an upper bound; 0 leaves it out."""
 
 
 class Split(NamedTuple):
@@ -64,26 +60,6 @@ class Split(NamedTuple):
 
 
 # --- metrics --------------------------------------------------------------------------------------
-
-
-@torch.enable_grad()
-def train_supervised(idm, store, steps, batch_size=128):
-    """On true actions, to report beside the probes; used for nothing else."""
-    actions = torch.from_numpy(common.true_actions_to_report_on(store, store.rows))
-    optimizer = torch.optim.Adam(idm.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
-    bar = common.progress_bar(steps, "step", "supervised IDM")
-    for _ in range(steps):
-        i = torch.randint(len(actions), (batch_size,))
-        logits = idm(store.windows_at(store.rows[i]))
-        target = actions[i].to(store.device)
-        loss = F.cross_entropy(logits, target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        bar.update()
-    bar.close()
 
 
 def fdm_mse(fdm, windows, latents):
@@ -326,12 +302,6 @@ def main(args):
             metrics |= probe_metrics("random_", fit, rest, untrained)
     if labelled:
         metrics |= probe_metrics("", train, test, untrained)
-        if args.supervised_steps > 0:
-            sizes = config["idm"] | dict(z_dim=common.NUM_ACTIONS)
-            supervised = IDM(**sizes).to(device)
-            train_supervised(supervised, train.store, args.supervised_steps)
-            logits = in_batches(supervised, test.windows).cpu().numpy()
-            metrics["supervised"] = (logits.argmax(1) == test.actions).mean()
 
     # --- groups of latents, and a latent for each: true actions, or clusters
     z_q, _, _ = quantizer(torch.from_numpy(test.z).to(device))  # (N, Z)

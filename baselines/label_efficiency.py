@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from decode_offline import LatentPolicy, draw_labels, fit_decoders, judge, load_held_out
-from decode_offline import make_player, play
+from decode_offline import play
 from train_latent_dynamics import IDM, in_batches
 
 Method = Literal["bc", "vpt", "lapo_plus", "bc_all"]
@@ -321,7 +321,7 @@ def main(args):
             results[name] = values.reshape(len(labels), args.decoder_seeds)
         results["labels"] = np.array(labels)
         if args.capture_video:  # the first policy with the most labels
-            act = make_player(policies[-args.decoder_seeds], device, args.seed)
+            act = common.make_player(policies[-args.decoder_seeds], device, args.seed)
             common.capture_video(output.with_suffix(".gif"), recording, act, args.seed)
         settings = dict(recording=recording, args=vars(args), dynamics_id=dynamics_id)
         common.save_npz(output, settings, **results)

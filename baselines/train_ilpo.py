@@ -49,8 +49,6 @@ class Args(common.RunArgs):
     """Continue the run that was stopped, or start one if there is none."""
     compile: bool = False
     """Compile the loss with torch.compile."""
-    bf16: bool = False
-    """Compute layers in bfloat16; weights stay float32. Slow on a CPU without units for it."""
     pool_frames: int = 1_000_000
     """Frames in memory (12 KB each at 64x64); if there are more on disk, they are streamed."""
     eval_every: int = 2000
@@ -229,8 +227,7 @@ def main(args):
         # a minibatch of windows o_{t-k} .. o_{t+1}
         windows = store.windows_at(store.draw(args.batch_size))
         # the generator predicts o_{t+1} for the nearest latent, the policy weighs all of them
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            loss, nearest_mse, mean_mse = compute_loss(policy, generator, windows, latents)
+        loss, nearest_mse, mean_mse = compute_loss(policy, generator, windows, latents)
         # one step of Adam for both networks
         optimizer.zero_grad()
         loss.backward()

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from decode_offline import ActionDecoder, load_policy, sample_actions
+from decode_offline import ActionDecoder, load_policy
 from extras.rollouts import cluster_latents, load_dynamics, rollout
 
 PAGE = """<!DOCTYPE html>
@@ -250,7 +250,7 @@ class World:
         elif key == "p":
             # the latent policy acts on the real frame; the FDM predicts one step from real frames
             z = self.policy(self.real[:, -1])
-            action = sample_actions(self.decoder(z), self.generator)
+            action = common.sample_actions(self.decoder(z), self.generator)
             z_q, _, _ = self.quantizer(z)
             self.past = self.real
             self.step(z_q, int(action))

@@ -79,7 +79,7 @@ def test_ppos_value_loss_and_entropy_by_hand():
 def test_actions_are_drawn_from_the_softmax():
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor([0.7, 0.2, 0.1]).log().expand(5000, 3)
-    counts = collect_data.sample_actions(logits, generator).bincount() / 5000
+    counts = common.sample_actions(logits, generator).bincount() / 5000
     np.testing.assert_allclose(counts, [0.7, 0.2, 0.1], atol=0.03)
 
 
@@ -142,7 +142,7 @@ def test_random_play_is_uniform_and_test_levels_are_others(tmp_path, monkeypatch
     flags = dict(random_frames=3000, num_levels=3)
     run(collect_data, tmp_path, **flags, train_frames=0)  # trains the expert
     always_3 = torch.full((4,), 3)
-    monkeypatch.setattr(collect_data, "sample_actions", lambda *arguments: always_3)
+    monkeypatch.setattr(common, "sample_actions", lambda *arguments: always_3)
     run(collect_data, tmp_path, **flags)
     shards = {s: sorted((tmp_path / "data/bigfish" / s).glob("labels_*.npz")) for s in SPLITS}
     levels = [load(shards[split][0])["settings"]["start_level"] for split in SPLITS]
@@ -246,8 +246,14 @@ def test_the_solver_acts_for_the_same_games_in_default_pictures(tmp_path, no_eva
     assert 0.85 < np.mean(agreed) < 0.97  # a tenth of the actions is random
 
 
-def test_an_expert_of_plain_pictures_plays_while_default_ones_are_recorded(tmp_path):
-    flags = dict(game="miner", expert_multiplier=0.5, temperature=0.05)  # nearly greedy
+def test_an_expert_of_plain_pictures_plays_while_default_ones_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(collect_data, "EPISODES_PER_GAME", 1)
+    flags = dict(game="miner", expert_multiplier=0.5)
+    run(collect_data, tmp_path, plain=True, train_frames=0, **flags)  # trains the expert
+    path = tmp_path / "experts/miner.pt"
+    expert = common.load_checkpoint(path, "expert", "miner")
+    expert["policy"]["actor.weight"] *= 20  # nearly greedy, so that its actions depend on the frame
+    common.save_checkpoint(path, **expert)
     run(collect_data, tmp_path, plain=True, data_dir=tmp_path / "plain", **flags)
     run(collect_data, tmp_path, **flags)
     for split in SPLITS:

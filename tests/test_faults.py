@@ -171,7 +171,6 @@ def test_stage_1_does_not_resume_on_other_frames(root):
         (collect_data, dict(train_frames=-5)),
         (collect_data, dict(num_envs=0)),
         (collect_data, dict(minibatches=0)),
-        (collect_data, dict(temperature=0.0)),
         (stage1, dict(grad_steps=-1)),
         (stage1, dict(batch_size=0)),
         (online, dict(env_steps=0)),
@@ -372,14 +371,6 @@ def test_foreign_and_damaged_checkpoints_say_what_to_do(tmp_path):
     state.write_bytes(b"half")
     args = args_of(stage2, tmp_path, resume=True)
     assert "leave out --resume" in fails(common.load_state, state, args, {})
-
-
-def test_bf16_without_units_for_it_is_said(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx2=True))
-    common.pick_device(args_of(stage1, tmp_path, bf16=True))
-    assert "ten times slower" in capsys.readouterr().out
-    common.pick_device(args_of(stage1, tmp_path))
-    assert capsys.readouterr().out == ""
 
 
 def test_rows_windows_and_labels_of_shards_belong_together(tmp_path):

@@ -66,7 +66,7 @@ def load_results(run_dir):
 def test_whole_script_with_labels(root, record_calls):
     run_dir = root / "runs/maze"
     probes = record_calls(viz, "linear_probe")
-    run(viz, root, points=120, supervised_steps=2, projection="pca")
+    run(viz, root, points=120, projection="pca")
     assert [len(fit_z) for fit_z, *_ in probes] == [90, 90, 120, 120]  # random play, then train
     assert [len(test_z) for _, _, test_z, _ in probes][:2] == [30, 30]
     shards = [load(path) for path in (run_dir / "train").glob("latents_*.npz")]
@@ -77,7 +77,6 @@ def test_whole_script_with_labels(root, record_calls):
     left, down, none = (common.ACTIONS.index(name) for name in ("left", "down", "none"))
     assert set(m["group"]) == {left, down, none}  # left-down and left-up are merged with left
     names = [f"{a}{b}" for a in ("", "random_") for b in ("probe", "majority", "probe_untrained")]
-    names += ["supervised"]
     assert all(0 <= m[name] <= 1 and m[name].shape == () for name in names)
     assert all(m[f"fdm_mse_{x}"] > 0 for x in "true mean_of_action zeroed shuffled copy".split())
     assert settings["args"]["projection"] == "pca" and settings["recording"]["game"] == "maze"
