@@ -3,6 +3,7 @@
 A table stands between two marks, the first of which names a folder of results/, what to print and
 options: `<!-- table: laptop_plain offline -->` and `<!-- end -->`. Kinds and their options:
     claims GAME ...     claims of the paper, its numbers on these games at the same steps, and ours
+    verdicts GAME ...   the same without the values of each seed
     offline             returns against labels, by seed
     decoders LABELS ... mean and std over the decoders of each seed
     online STEP ...     returns at these steps, by seed (at the nearest point within a fifth)
@@ -217,34 +218,43 @@ def variants(folder, *labels):
 
 
 def summary(folder, *labels):
-    """The front table: LAPO and, with the most labels, the best of its controls."""
+    """The front table: LAPO and, with the most labels, the best of its controls. The header has the
+    number of seeds, and a cell has it where it differs.
+    """
     returns = plot_figures.Returns(folder / "returns.csv")
+    header = ["mean return ± std over seeds"]
     lines = {}
     for game in returns.games:
+        decoded = returns.curve(OFFLINE["decoder"], game)
+        count = f" ({len(decoded)} seed{'s' if len(decoded) > 1 else ''})"
+        header.append(game + count)
+
+        def cell(values):
+            return mean_and_std(values).removesuffix(count)
+
         random_policy, expert = (returns.curve(reference, game) for reference in REFERENCES)
-        lines.setdefault("random policy", []).append(mean_and_std(at(random_policy, 0)))
+        lines.setdefault("random policy", []).append(cell(at(random_policy, 0)))
         controls = {}
         for name in CONTROLS:
             values = at(returns.curve(OFFLINE[name], game), int(labels[-1]))
             if values:
-                controls[OFFLINE[name].label] = values
+                controls[OFFLINE[name].label.removeprefix("the same, ")] = values
         controls["random policy"] = at(random_policy, 0)
         best = max(controls, key=lambda name: np.mean(list(controls[name].values())))
-        cell = f"{mean_and_std(controls[best])} ({best})"
-        lines.setdefault(f"best control, {labels[-1]} labels", []).append(cell)
-        for count in labels:
-            values = at(returns.curve(OFFLINE["decoder"], game), int(count))
-            lines.setdefault(f"**LAPO, {count} labels**", []).append(mean_and_std(values))
+        best_cell = f"{cell(controls[best])} ({best})"
+        lines.setdefault(f"best control, {labels[-1]} labels", []).append(best_cell)
+        for number in labels:
+            name = f"**LAPO, {number} labels**"
+            lines.setdefault(name, []).append(cell(at(decoded, int(number))))
         online = returns.curve(ONLINE["rl_sl"], game)
         last = max((step for points in online.values() for step in points), default=0)
-        name = "LAPO online (RL and SL), no labels"
-        cell = f"{mean_and_std(at(online, last))} after {last:,.0f} steps" if last else ""
-        lines.setdefault(name, []).append(cell)
+        played = f"{cell(at(online, last))} after {last:,.0f} steps" if last else ""
+        lines.setdefault("LAPO online (RL and SL), no labels", []).append(played)
         ceiling = at(returns.curve(OFFLINE["bc_all"], game), 0)
-        lines.setdefault("cloning all true labels", []).append(mean_and_std(ceiling))
-        lines.setdefault("expert", []).append(mean_and_std(at(expert, 0)))
+        lines.setdefault("cloning all true labels", []).append(cell(ceiling))
+        lines.setdefault("expert", []).append(cell(at(expert, 0)))
     rows = [[label, *cells] for label, cells in lines.items() if any(cells)]
-    return ["mean return ± std over seeds", *returns.games], rows
+    return header, rows
 
 
 def normalized_runs(returns, series, games, x):
@@ -287,6 +297,14 @@ def claims(folder, *games):
     return [*header, "runs in which it holds"], lines
 
 
+def verdicts(folder, *games):
+    """claims() for the front page."""
+    header, lines = claims(folder, *games)
+    seeds = header.index("by seed")
+    short, *rows = [line[:seeds] + line[seeds + 1 :] for line in (header, *lines)]
+    return short, rows
+
+
 def claim_on_loss(folder, games):
     """A.2: without VQ, the FDM's loss is lower. A line, or none if there is no run without VQ."""
     rows = plot_figures.read_table(folder / "stage_1.csv")
@@ -307,6 +325,7 @@ def claim_on_loss(folder, games):
 
 KINDS = dict(
     claims=claims,
+    verdicts=verdicts,
     offline=offline,
     decoders=decoders,
     online=online,

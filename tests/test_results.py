@@ -141,6 +141,33 @@ def test_claims_count_runs_and_take_the_papers_same_games(tmp_path, monkeypatch)
     ]
     assert row == ["better", "100 steps", *values]
     assert loss[2:] == ["below 1", "0.25 (1 seed)", "0.25", "1 of 1"]
+    header, (short, _) = write_tables.verdicts(tmp_path, "miner")
+    assert "by seed" not in header and short == row[:4] + row[5:]
+
+
+def test_the_front_table_takes_the_best_control_and_says_how_many_seeds(tmp_path):
+    returns = """
+        lapo miner 1 random - - 0 quota
+        lapo miner 1 expert - - 10 quota
+        lapo miner 1 decoder 16 1 4 quota
+        lapo miner 2 decoder 16 1 6 quota
+        lapo miner 1 rl_sl 100 - 9 quota
+        lapo miner 1 bc 16 1 1 quota
+        lapo miner 2 bc 16 1 3 quota
+        lapo miner 1 blind - - 1 quota
+        untrained miner 1 decoder 16 1 3 quota
+        untrained miner 2 decoder 16 1 3 quota
+    """
+    returns_table(tmp_path, returns)
+    header, rows = write_tables.summary(tmp_path, "16")
+    assert header[1:] == ["miner (2 seeds)"]
+    assert dict(rows) == {
+        "random policy": "0.0 (1 seed)",
+        "best control, 16 labels": "3.0 (untrained IDM)",
+        "**LAPO, 16 labels**": "5.0 ± 1.4",
+        "LAPO online (RL and SL), no labels": "9.0 (1 seed) after 100 steps",
+        "expert": "10.0 (1 seed)",
+    }
 
 
 # --- summary tables -------------------------------------------------------------------------------
