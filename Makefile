@@ -70,17 +70,18 @@ demo-untrained:
 # --- laptop scale: default pictures at 32x32, all levels, recordings of a solver, for each seed its
 # own. Folders as extras/summarize.py reads them: runs/<variant>/seed_<n>/<game>
 SMALL = --game $(GAME) --seed $(SEED) --data-dir laptop/data/seed_$(SEED) --runs-dir laptop/runs/$(1)/seed_$(SEED)
-SMALL_1 = --multiplier 1 --fdm-width 12 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --z-std 0.2 --eval-every 500
+SMALL_1 = --multiplier 1 --fdm-width 12 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --eval-every 500
+SMALL_VQ = --z-std 0.2  # without VQ it hurts (docs/lessons.md, 9)
 SMALL_2 = --multiplier 1 --grad-steps 5000 --lr 1e-3 --warmup-steps 100 --standardize --eval-every 1000
 SMALL_3 = --labels 16 64 256 1024 --decoder-seeds 3
 SMALL_CLONE = --clone-steps 5000 --labelled-steps 300 --clone-lr 1e-3
 SMALL_ONLINE = --env-steps 524_288 --log-every-steps 65_536
 laptop: .venv/installed
 	$(PY) collect_data.py $(call SMALL,lapo) --solver $(if $(filter bigfish,$(GAME)),--one-theme) --frame-size 32 --train-frames 262_144 --test-frames 16_384 --random-frames 65_536 --resume
-	$(PY) train_latent_dynamics.py $(call SMALL,lapo) $(SMALL_1) --grad-steps 6000 --resume
+	$(PY) train_latent_dynamics.py $(call SMALL,lapo) $(SMALL_1) $(SMALL_VQ) --grad-steps 6000 --resume
 	$(PY) train_latent_bc.py $(call SMALL,lapo) $(SMALL_2) --resume
 	$(PY) decode_offline.py $(call SMALL,lapo) $(SMALL_3)
-	$(PY) train_latent_dynamics.py $(call SMALL,untrained) $(SMALL_1) --grad-steps 0
+	$(PY) train_latent_dynamics.py $(call SMALL,untrained) $(SMALL_1) $(SMALL_VQ) --grad-steps 0
 	$(PY) train_latent_bc.py $(call SMALL,untrained) $(SMALL_2) --resume
 	$(PY) decode_offline.py $(call SMALL,untrained) $(SMALL_3)
 	$(PY) -m baselines.label_efficiency $(call SMALL,lapo) $(SMALL_3) $(SMALL_CLONE) --methods bc bc_all
