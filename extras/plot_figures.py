@@ -54,7 +54,8 @@ ONLINE = {
 }
 OFFLINE = {
     "decoder": Series("LAPO, decoded offline", "C0", "lapo", "decoder", "labels", "offline"),
-    "untrained": Series("the same, untrained IDM", "C5", "untrained", "decoder", "labels"),
+    "untrained": Series("LAPO, untrained IDM", "C5", "untrained", "decoder", "labels"),
+    "no_vq_decoder": Series("LAPO, no VQ", "C3", "no_vq", "decoder", "labels"),
     "bc": Series("cloning the same labels", "C1", "lapo", "bc", "labels"),
     "vpt": Series("VPT, the same labels", "C2", "lapo", "vpt", "labels"),
     "lapo_plus": Series("LAPO+, the same labels", "C9", "lapo", "lapo_plus", "labels"),
@@ -105,10 +106,13 @@ class Returns:
         self.games = sorted({row["game"] for row in self.rows})
 
     def normalize(self, value, game):
-        """By the means of the returns of the random policy and of the expert over all runs."""
+        """By the mean returns of the random policy and of the expert over LAPO's runs, or over all
+        runs if there are none of LAPO; controls repeat them.
+        """
         ends = []
         for reference in ("random", "expert"):
             found = select(self.rows, game=game, method=reference)
+            found = select(found, variant="lapo") or found
             if not found:
                 common.fail(f"no run of {game} says what the {reference} policy returns")
             ends.append(np.mean([row["mean_return"] for row in found]))

@@ -42,6 +42,7 @@ CLAIMS = [  # claim, series, series that it should exceed (or "expert"), steps o
     ("RL and SL exceed RL alone", "rl_sl", "rl", 524_288),
     ("VQ helps RL alone", "rl", "no_vq", 131_072),
     ("VQ helps RL alone", "rl", "no_vq", 524_288),
+    ("VQ helps decoding offline", "decoder", "no_vq_decoder", 256),
     ("RL and SL exceed PPO from scratch", "rl_sl", "scratch", 524_288),
     ("PPO from scratch exceeds ILPO", "scratch", "ilpo", 524_288),
     ("few labels decode the latent policy", "decoder", "blind", 16),
@@ -238,7 +239,7 @@ def summary(folder, *labels):
         for name in CONTROLS:
             values = at(returns.curve(OFFLINE[name], game), int(labels[-1]))
             if values:
-                controls[OFFLINE[name].label.removeprefix("the same, ")] = values
+                controls[OFFLINE[name].label.removeprefix("LAPO, ")] = values
         controls["random policy"] = at(random_policy, 0)
         best = max(controls, key=lambda name: np.mean(list(controls[name].values())))
         best_cell = f"{cell(controls[best])} ({best})"

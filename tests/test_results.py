@@ -145,6 +145,17 @@ def test_claims_count_runs_and_take_the_papers_same_games(tmp_path, monkeypatch)
     assert "by seed" not in header and short == row[:4] + row[5:]
 
 
+def test_returns_are_normalized_by_lapos_runs_and_a_control_weighs_nothing(tmp_path):
+    returns = """
+        lapo miner 1 random - - 1 quota
+        lapo miner 1 expert - - 11 quota
+        lapo miner 2 expert - - 31 quota
+        no_vq miner 1 expert - - 11 quota
+    """
+    table = Returns(returns_table(tmp_path, returns))
+    assert table.normalize(6, "miner") == 0.25  # 1 .. (11 + 31) / 2
+
+
 def test_the_front_table_takes_the_best_control_and_says_how_many_seeds(tmp_path):
     returns = """
         lapo miner 1 random - - 0 quota
