@@ -71,7 +71,7 @@ demo-untrained:
 # own. Folders as extras/summarize.py reads them: runs/<variant>/seed_<n>/<game>
 SMALL = --game $(GAME) --seed $(SEED) --data-dir laptop/data/seed_$(SEED) --runs-dir laptop/runs/$(1)/seed_$(SEED)
 SMALL_1 = --multiplier 1 --fdm-width 12 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --eval-every 500
-SMALL_VQ = --z-std 0.2  # without VQ it hurts (docs/lessons.md, 9)
+SMALL_VQ = --z-std 0.2  # without VQ it hurt on miner (docs/lessons.md, 9)
 SMALL_2 = --multiplier 1 --grad-steps 5000 --lr 1e-3 --warmup-steps 100 --standardize --eval-every 1000
 SMALL_3 = --labels 16 64 256 1024 --decoder-seeds 3
 SMALL_CLONE = --clone-steps 5000 --labelled-steps 300 --clone-lr 1e-3

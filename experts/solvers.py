@@ -134,7 +134,7 @@ def find_agent(obs, n):
 
 
 def walk(game, obs):
-    """Along a shortest path: int (B, 64, 64, 3) -> actions (B,); RESET where nothing is in reach."""
+    """Along a shortest path: int (B, 64, 64, 3) -> actions (B,), RESET if nothing is in reach."""
     n = CELLS[game]
     centers = ((np.arange(n) + 0.5) * 64 / n).astype(int)
     cells = obs[:, centers][:, :, centers]  # (B, N, N, 3)
