@@ -274,7 +274,7 @@ def claims(folder, *games):
         compared = [(ONLINE | OFFLINE)[key] for key in (name, other) if key != "expert"]
         if set(games) - set(returns.games_with(compared)):
             continue  # not run
-        paper, ours, seeds, runs = [], [], [], []
+        paper, means, runs = [], [], []
         for key in (name, other):
             if key == "expert":
                 runs.append({run: RECOVERED for run in runs[0]})
@@ -284,10 +284,13 @@ def claims(folder, *games):
             if series.paper:
                 grid, curve = plot_figures.paper_curve(series.paper, games)
             paper.append(f"{np.interp(x, grid, curve):.2f}".replace("nan", "-"))
-            mean = at(returns.mean_over_games(series, games), x)
-            ours.append(mean_and_std(mean, 2))
-            seeds.append(by_seed(mean))
+            means.append(at(returns.mean_over_games(series, games), x))
             runs.append(normalized_runs(returns, series, games, x))
+        # compare the seeds that both sides have
+        shared = set.intersection(*[set(mean) for mean in means])
+        means = [{seed: mean[seed] for seed in shared} for mean in means]
+        ours = [mean_and_std(mean, 2) for mean in means]
+        seeds = [by_seed(mean) for mean in means]
         both = [run for run in runs[0] if run in runs[1]]
         held = sum(runs[0][run] > runs[1][run] for run in both)
         x = f"{x:,} {'steps' if name in ONLINE else 'labels'}"

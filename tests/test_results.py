@@ -114,6 +114,7 @@ def test_claims_count_runs_and_take_the_papers_same_games(tmp_path, monkeypatch)
         lapo miner 1 expert - - 10 quota
         lapo miner 1 rl_sl 100 - 9 ended
         lapo miner 2 rl_sl 100 - 5 ended
+        lapo miner 3 rl_sl 100 - 1 ended
         lapo miner 1 rl 100 - 8 ended
         lapo miner 2 rl 100 - 6 ended
         no_vq miner 1 rl 100 - 1 ended
@@ -133,7 +134,7 @@ def test_claims_count_runs_and_take_the_papers_same_games(tmp_path, monkeypatch)
     claims = [("better", "rl_sl", "rl", 100), ("not run", "decoder", "bc", 16)]
     monkeypatch.setattr(write_tables, "CLAIMS", claims)
     _, (row, loss) = write_tables.claims(tmp_path, "miner")
-    values = [
+    values = [  # of seeds 1 and 2, which both methods have
         "0.50; 0.00",
         "0.70 ± 0.28 (2 seeds); 0.70 ± 0.14 (2 seeds)",
         "0.90, 0.50; 0.80, 0.60",
