@@ -45,8 +45,8 @@ CLAIMS = [  # claim, series, series that it should exceed (or "expert"), steps o
     ("VQ helps decoding offline", "decoder", "no_vq_decoder", 256),
     ("RL and SL exceed PPO from scratch", "rl_sl", "scratch", 524_288),
     ("PPO from scratch exceeds ILPO", "scratch", "ilpo", 524_288),
-    ("few labels decode the latent policy", "decoder", "blind", 16),
-    ("few labels decode the latent policy", "decoder", "blind", 256),
+    ("LAPO exceeds the blind policy", "decoder", "blind", 16),
+    ("LAPO exceeds the blind policy", "decoder", "blind", 256),
     ("LAPO exceeds cloning the same labels", "decoder", "bc", 256),
     ("LAPO exceeds an untrained IDM", "decoder", "untrained", 256),
 ]
@@ -271,8 +271,8 @@ def claims(folder, *games):
     returns = plot_figures.Returns(folder / "returns.csv")
     lines = []
     for claim, name, other, x in CLAIMS:
-        compared = [(ONLINE | OFFLINE)[key] for key in (name, other) if key != "expert"]
-        if set(games) - set(returns.games_with(compared)):
+        needed = [(ONLINE | OFFLINE)[key] for key in (name, other) if key != "expert"]
+        if set(games) - set(returns.games_with(needed)):
             continue  # not run
         paper, means, runs = [], [], []
         for key in (name, other):
@@ -294,8 +294,8 @@ def claims(folder, *games):
         both = [run for run in runs[0] if run in runs[1]]
         held = sum(runs[0][run] > runs[1][run] for run in both)
         x = f"{x:,} {'steps' if name in ONLINE else 'labels'}"
-        cells = ["; ".join(column) for column in (paper, ours, seeds)]
-        lines.append([claim, x, *cells, f"{held} of {len(both)}"])
+        compared = [" vs ".join(column) for column in (paper, ours, seeds)]
+        lines.append([claim, x, *compared, f"{held} of {len(both)}"])
     lines += claim_on_loss(folder, games)
     header = [f"claim ({', '.join(games)})", "at", "the paper, same games", "here", "by seed"]
     return [*header, "runs in which it holds"], lines

@@ -135,9 +135,9 @@ def test_claims_count_runs_and_take_the_papers_same_games(tmp_path, monkeypatch)
     monkeypatch.setattr(write_tables, "CLAIMS", claims)
     _, (row, loss) = write_tables.claims(tmp_path, "miner")
     values = [  # of seeds 1 and 2, which both methods have
-        "0.50; 0.00",
-        "0.70 ± 0.28 (2 seeds); 0.70 ± 0.14 (2 seeds)",
-        "0.90, 0.50; 0.80, 0.60",
+        "0.50 vs 0.00",
+        "0.70 ± 0.28 (2 seeds) vs 0.70 ± 0.14 (2 seeds)",
+        "0.90, 0.50 vs 0.80, 0.60",
         "1 of 2",
     ]
     assert row == ["better", "100 steps", *values]
