@@ -81,6 +81,22 @@ def read_table(path):
     return rows
 
 
+def read_stage_1(folder):
+    """Rows of stage_1.csv; supervised: the last accuracy of the supervised IDM of the same game and
+    seed, where there is one.
+    """
+    ceilings = {}
+    if (folder / "supervised_idm.csv").exists():
+        for row in read_table(folder / "supervised_idm.csv"):
+            ceilings[row["game"], row["seed"]] = row["accuracy"]
+    rows = read_table(folder / "stage_1.csv")
+    for row in rows:
+        run = row["game"], row["seed"]
+        if run in ceilings:
+            row["supervised"] = ceilings[run]
+    return rows
+
+
 def select(rows, **wanted):
     """The rows whose columns have these values."""
     found = rows
@@ -226,7 +242,7 @@ def draw_seeds(axes, rows, columns):
         of_seed = select(rows, seed=seed)
         steps = [row["grad_step"] for row in of_seed]
         for column, style in columns.items():
-            y = [row[column] for row in of_seed]
+            y = [row.get(column, np.nan) for row in of_seed]
             label = f"{column.replace('_', ' ')}, seed {seed:.0f}"
             axes.plot(steps, y, style, color=f"C{seed:.0f}", label=label)
 
@@ -298,7 +314,7 @@ def plot_training(path, title, rows, variant, columns, ylabel):
 
 def main(args):
     figures = args.results_dir / "figures"
-    stage_1 = read_table(args.results_dir / "stage_1.csv")
+    stage_1 = read_stage_1(args.results_dir)
     of_lapo = select(stage_1, variant="lapo")
     if (args.results_dir / "returns.csv").exists():
         returns = Returns(args.results_dir / "returns.csv")
@@ -314,6 +330,9 @@ def main(args):
     scale = f"{', '.join(sorted({row.get('scale', '') for row in of_lapo}))} pictures"
     title = f"Stage 1, random play: a linear probe of z (solid), majority class (dotted)\n{scale}"
     columns = {"probe": ".-", "majority": ":"}
+    if any("supervised" in row for row in stage_1):
+        columns["supervised"] = "--"
+        title = title.replace("(dotted)", "(dotted), supervised IDM (dashed)")
     plot_training(figures / "probe.png", title, stage_1, "lapo", columns, "accuracy")
     if (args.results_dir / "ilpo.csv").exists():
         ilpo = read_table(args.results_dir / "ilpo.csv")

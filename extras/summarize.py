@@ -3,10 +3,11 @@
 reads   <runs-dir>/<variant>/seed_<n>/<game>/, where the variant may be a path, such as h200/no_vq
           decode_offline.npz, label_efficiency_<method>.npz, decode_dmc.npz     decoded with labels
           decode_online_<method>.npz, expert.csv                                learned by playing
-          train_latent_dynamics.csv, train_latent_bc.csv, train_ilpo.csv        metrics of training
+          train_latent_dynamics.csv, train_latent_bc.csv, train_ilpo.csv,
+          supervised_idm.csv                                                    metrics of training
           latents_metrics.npz                                                   of the latents
 writes  <output-dir>/returns.csv: a row for each decoder and number of labels, or for each step
-        <output-dir>/stage_1.csv, stage_2.csv, ilpo.csv, latents.csv: metrics
+        <output-dir>/stage_1.csv, stage_2.csv, ilpo.csv, supervised_idm.csv, latents.csv: metrics
 
 Columns of returns.csv: method is decoder, bc, vpt, lapo_plus, bc_all, rl_sl, rl, scratch (PPO), or
 a reference: blind, random, expert, mean_action. kind is quota (whole episodes, equally many in each
@@ -37,6 +38,7 @@ TRAINING = {  # file: table and columns
     "train_latent_dynamics.csv": ("stage_1.csv", STAGE_1.split()),
     "train_latent_bc.csv": ("stage_2.csv", STAGE_2.split()),
     "train_ilpo.csv": ("ilpo.csv", ILPO.split()),
+    "supervised_idm.csv": ("supervised_idm.csv", ["grad_step", "accuracy"]),
 }
 
 

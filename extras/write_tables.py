@@ -168,7 +168,7 @@ def last_values(rows, column):
 
 
 def stages(folder, *steps):
-    stage_1 = plot_figures.read_table(folder / "stage_1.csv")
+    stage_1 = plot_figures.read_stage_1(folder)
     path = folder / "stage_2.csv"
     stage_2 = plot_figures.read_table(path) if path.exists() else []
     lines = []
@@ -184,13 +184,17 @@ def stages(folder, *steps):
             policy = select(stage_2, game=game, variant=variant)
             cells += [
                 by_seed(last_values(rows, "majority")),
+                by_seed(last_values([r for r in rows if "supervised" in r], "supervised")),
                 by_seed({seed: mse[seed] / copy[seed] for seed in mse}, 3),
                 by_seed(last_values(policy, "variance_explained")),
             ]
             lines.append([f"{game}, {variant}", *cells])
     header = ["probe on random play, after updates:", *[f"{int(step):,}" for step in steps]]
-    header += ["majority class", "FDM's mse / copying's", "variance of z explained by the policy"]
-    return header, lines
+    header += ["majority class", "supervised IDM", "FDM's mse / copying's"]
+    header += ["variance of z explained by the policy"]
+    # a folder without supervised IDMs, or without stage 2, lacks these columns
+    filled = [i for i in range(len(header)) if any(line[i] for line in lines)]
+    return [header[i] for i in filled], [[line[i] for i in filled] for line in lines]
 
 
 def variants(folder, *labels):

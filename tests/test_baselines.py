@@ -1,6 +1,7 @@
 """The baselines: ILPO's losses and files, and other uses of the labels of decode_offline.py."""
 
 import baselines.label_efficiency as efficiency
+import baselines.supervised_idm as supervised
 import baselines.train_ilpo as ilpo
 import common
 import decode_offline
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, PaysForActions, args_of, fails, load, run
+from conftest import TINY, PaysForActions, args_of, fails, load, run, write_toy_data
 from filelock import FileLock
 
 GAME = "starpilot"
@@ -502,3 +503,40 @@ def test_impossible_runs_end_before_work(work):
     assert "lacks labels_NNN.npz" in error()
     (work / "runs" / GAME / "latent_policy.pt").unlink()
     assert "train_latent_bc.py writes it" in error()
+
+
+# --- the supervised IDM ---------------------------------------------------------------------------
+
+
+def last_accuracy(root):
+    lines = (root / f"runs/{GAME}/supervised_idm.csv").read_text().splitlines()
+    return float(lines[-1].split(",")[-1])
+
+
+def test_the_supervised_idm_learns_actions_and_fails_on_shuffled_ones(tmp_path):
+    root = write_toy_data(tmp_path, GAME, episodes=32)
+    flags = dict(game=GAME, multiplier=0.5, grad_steps=250, batch_size=32, lr=3e-3, eval_every=250)
+    run(supervised, root, **flags)
+    assert last_accuracy(root) > 0.7
+    rng = np.random.default_rng(0)
+    for path in (root / f"data/{GAME}/train").glob("labels_*.npz"):
+        labels = load(path)
+        settings = labels.pop("settings")
+        common.save_npz(path, settings, **labels | dict(action=rng.permutation(labels["action"])))
+    run(supervised, root, **flags)
+    assert last_accuracy(root) < 0.4
+    for path in (root / f"data/{GAME}/random").glob("labels_*.npz"):
+        path.unlink()
+    assert f"{GAME} lacks labels" in fails(run, supervised, root, **flags)
+
+
+def test_the_supervised_idm_is_tested_on_the_windows_of_stage_1s_probe(tmp_path, record_calls):
+    root = write_toy_data(tmp_path)
+    tested = record_calls(supervised, "accuracy")
+    run(supervised, root, multiplier=0.25, grad_steps=1, batch_size=8)
+    args = args_of(supervised, root)
+    _, windows, actions = supervised.load_evaluation_windows(args, CPU)
+    ((_, test_windows, test_actions),) = tested
+    quarter = len(windows) // 4  # the probe is fitted on the rest
+    assert torch.equal(test_windows, windows[-quarter:])
+    assert np.array_equal(test_actions, actions[-quarter:])

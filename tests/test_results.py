@@ -355,6 +355,28 @@ def test_figures_are_written_only_where_there_are_runs(tmp_path, monkeypatch):
     assert "what the expert" in fails(Returns(returns_table(tmp_path, table)).normalize, 1, "maze")
 
 
+def test_the_supervised_idm_stands_beside_the_probe_of_its_game(tmp_path, monkeypatch):
+    text = "variant,game,seed,scale,grad_step,probe,majority,test_mse,copy_mse\n"
+    text += "lapo,maze,1,8x8,5,0.3,0.2,1,4\nlapo,miner,1,8x8,5,0.4,0.2,1,4\n"
+    write_csv(tmp_path / "stage_1.csv", text)
+    text = "variant,game,seed,grad_step,accuracy\nlapo,miner,1,3,0.5\nlapo,miner,1,4,0.6\n"
+    write_csv(tmp_path / "supervised_idm.csv", text)
+    header, rows = write_tables.stages(tmp_path, "5")
+    assert header[1:4] == ["5", "majority class", "supervised IDM"]
+    assert header[-1] == "FDM's mse / copying's"  # there is no stage 2
+    assert rows == [
+        ["maze, lapo", "0.30", "0.20", "", "0.250"],
+        ["miner, lapo", "0.40", "0.20", "0.60", "0.250"],
+    ]
+    figures = []
+    monkeypatch.setattr(plot_figures, "finish", lambda figure, path: figures.append(figure))
+    plot_figures.main(plot_figures.Args(tmp_path))
+    maze, miner = figures[0].axes
+    np.testing.assert_equal([line.get_ydata()[0] for line in maze.lines], [0.3, 0.2, np.nan])
+    np.testing.assert_equal([line.get_ydata()[0] for line in miner.lines], [0.4, 0.2, 0.6])
+    plot_figures.plt.close("all")
+
+
 # --- continuous control ---------------------------------------------------------------------------
 
 
