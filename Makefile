@@ -72,9 +72,9 @@ demo-untrained:
 SMALL = --game $(GAME) --seed $(SEED) --data-dir laptop/data/seed_$(SEED) --runs-dir laptop/runs/$(1)/seed_$(SEED)
 SMALL_1 = --multiplier 1 --fdm-width 12 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --eval-every 500
 SMALL_VQ = --z-std 0.2  # without VQ it hurt on miner (docs/lessons.md, 9)
-SMALL_2 = --multiplier 1 --grad-steps 5000 --lr 1e-3 --warmup-steps 100 --standardize --eval-every 1000
+SMALL_2 = --multiplier 1 --grad-steps 15_000 --lr 1e-3 --warmup-steps 100 --standardize --eval-every 1000
 SMALL_3 = --labels 16 64 256 1024 --decoder-seeds 3
-SMALL_CLONE = --clone-steps 5000 --labelled-steps 300 --clone-lr 1e-3
+SMALL_CLONE = --clone-steps 15_000 --labelled-steps 300 --clone-lr 1e-3
 SMALL_ONLINE = --env-steps 524_288 --log-every-steps 65_536
 laptop: .venv/installed
 	$(PY) collect_data.py $(call SMALL,lapo) --solver $(if $(filter bigfish,$(GAME)),--one-theme) --frame-size 32 --train-frames 262_144 --test-frames 16_384 --random-frames 65_536 --resume
