@@ -1,15 +1,15 @@
 """A ceiling for the probe of stage 1: an IDM that learns the true actions (not in the paper).
 
-Where this fails as well, three frames hardly show the action, and no stage 1 could find it. Where
-this succeeds and the probe fails, the latents of stage 1 hold other things. The network is stage 1's
-IDM with 15 outputs; it is tested on the very windows on which stage 1 tests its probe.
+Where this fails as well, three frames hardly show the action, and stage 1 will hardly find it.
+Where this succeeds and the probe fails, the latents of stage 1 hold other things. The network is
+stage 1's IDM with 15 outputs; it is tested on the very windows on which stage 1 tests its probe.
 
 reads   data/<game>/{train,random}/frames_NNN.npz, labels_NNN.npz
 writes  runs/<game>/supervised_idm.csv: accuracy, actions of equal effect merged
 
 Run it as a module, in the folder of the project:
 paper scale   python -m baselines.supervised_idm --game bigfish
-on a CPU      python -m baselines.supervised_idm --game bigfish --multiplier 1 --grad-steps 3000 \
+on a CPU      python -m baselines.supervised_idm --game bigfish --multiplier 1 --grad-steps 4000 \
                   --batch-size 64 --lr 1e-3 --eval-every 500
 """
 
