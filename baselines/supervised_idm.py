@@ -1,10 +1,11 @@
-"""A ceiling for the probe of stage 1: an IDM that learns the true actions (not in the paper).
+"""A reference for the probe of stage 1: an IDM that learns the true actions (not in the paper).
 
 Where this fails as well, three frames hardly show the action, and stage 1 will hardly find it.
 Where this succeeds and the probe fails, the latents of stage 1 hold other things. The network is
 stage 1's IDM with 15 outputs; it is tested on the very windows on which stage 1 tests its probe.
+It is no upper bound while its accuracy still rises.
 
-reads   data/<game>/{train,random}/frames_NNN.npz, labels_NNN.npz
+reads   data/<game>/{train,test,random}/frames_NNN.npz, labels_NNN.npz
 writes  runs/<game>/supervised_idm.csv: accuracy, actions of equal effect merged
 
 Run it as a module, in the folder of the project:
@@ -67,8 +68,9 @@ def main(args):
     if actions is None or test_actions is None:
         common.fail(f"{store.folder.parent} lacks labels; collect_data.py writes them")
     actions = torch.from_numpy(actions)
-    first = int(PROBE_FIT * len(test_actions))
-    test_windows, test_actions = test_windows[first:], test_actions[first:]
+    split = int(PROBE_FIT * len(test_actions))
+    test_windows = test_windows[split:]
+    test_actions = test_actions[split:]
 
     # --- the IDM, with an output for each action
     idm = IDM(store.frame_size, args.context, args.multiplier, z_dim=common.NUM_ACTIONS)
@@ -82,6 +84,7 @@ def main(args):
         batch = torch.randint(len(actions), (args.batch_size,))
         logits = idm(store.windows_at(store.rows[batch]))
         loss = F.cross_entropy(logits, actions[batch].to(device))
+        # one step of AdamW
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
