@@ -1,5 +1,7 @@
 """Helpers that have one correct answer and teach nothing about LAPO: Procgen's games, flags, error
 exits, files, windows of frames, resuming, metrics and plots.
+
+Shapes: [N, Z] of numpy arrays, (N, Z) of tensors.
 """
 
 import collections
@@ -16,6 +18,7 @@ import os
 import shlex
 import shutil
 import sys
+import threading
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -207,9 +210,8 @@ def derive_seed(seed, purpose):
 
 def shrink(frames, size):
     """uint8 [B, S, S, 3] -> uint8 [B, size, size, 3], rounded means of blocks"""
-    n = frames.shape[1] // size
-    total = sum(frames[:, i::n, j::n].astype(np.uint16) for i in range(n) for j in range(n))
-    return ((total + n * n // 2) // (n * n)).astype(np.uint8)
+    factor = frames.shape[1] // size
+    return np.stack([np.asarray(Image.fromarray(frame).reduce(factor)) for frame in frames])
 
 
 class ProcgenEnvs:
@@ -471,18 +473,20 @@ def reading(path):
 
 
 def save_npz(path, settings, **arrays):
-    """A compressed .npz, settings (a dict) as JSON; level 4 takes half as long as numpy's 6."""
+    """A compressed .npz, settings (a dict) as JSON."""
     arrays["settings"] = json.dumps(settings, default=str)
-    with atomic_write(path) as temporary:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive:
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+# Python 3.11's parser, which numpy uses for the header of an array, fails now and then if several
+# threads are in it (github.com/python/cpython/issues/106905): one thread reads at a time.
+_npz_lock = threading.Lock()
 
 
 def load_npz(path, keys=None):
     """The arrays `keys`, or all, and the dict of settings ({} if there is none), as a dict."""
-    with reading(path), np.load(path, allow_pickle=False) as file:
+    with reading(path), _npz_lock, np.load(path, allow_pickle=False) as file:
         settings = json.loads(str(file["settings"])) if "settings" in file.files else {}
         arrays = {key: file[key] for key in keys or file.files}
     return arrays | dict(settings=settings)
@@ -612,9 +616,7 @@ def read_shard(path, game, context, latents_dir=None, dynamics_id=None):
     valid = valid_windows(first, context)
     z = np.zeros((len(obs), 0), np.float16)
     if dynamics_id:
-        z, labelled = read_latents(path, latents_dir, dynamics_id)
-        if not np.array_equal(valid, labelled):
-            fail(f"{latents_dir} has latents of other windows than {path}; repeat stage 1")
+        z, _ = read_latents(path, latents_dir, dynamics_id)
     return Shard(path, obs, valid, z, recording)
 
 
@@ -715,9 +717,6 @@ class FrameStore:
             shard = next(self.shards)
             if self.obs is None:
                 self._allocate(shard)
-            if shard.obs.shape[1] != self.frame_size:
-                sizes = f"{self.frame_size} and of {shard.obs.shape[1]}"
-                fail(f"{self.folder} has frames of {sizes} pixels")
             stop = start + len(shard.obs)
             self.obs[start:stop] = torch.from_numpy(shard.obs)
             self.z[start:stop] = torch.from_numpy(shard.z)
@@ -797,13 +796,14 @@ def save_state(path, args, step, resumable, **values):
         states=states,
         values=values,
         rng=torch.get_rng_state(),
+        cuda_rng=torch.cuda.get_rng_state_all(),  # [] without a GPU
     )
 
 
 def load_state(path, args, resumable, made_from=None):
     """With --resume, restores {name: object with state_dict(), or torch.Generator}. Returns the
     step and the values that were saved; 0 and {} without --resume or a saved state. made_from: id
-    of what the run reads, if save_state() was given it.
+    of what the run reads (stage 1: frames; stage 2: stage 1's weights), if save_state() has it.
     """
     if not args.resume or not Path(path).exists():
         return 0, {}
@@ -820,6 +820,8 @@ def load_state(path, args, resumable, made_from=None):
         restore = x.set_state if isinstance(x, torch.Generator) else x.load_state_dict
         restore(state["states"][name])
     torch.set_rng_state(state["rng"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
     print(f"resume: {path} is at step {state['step']:,}")
     return state["step"], state["values"]
 

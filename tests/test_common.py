@@ -1,8 +1,11 @@
 """common.py: games, evaluation, files, windows, resuming and metrics."""
 
 import csv
+import gc
 import itertools
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -226,17 +229,17 @@ def test_latents_of_other_frames_or_another_run_are_refused(numbered):
     rows = store.draw(50)
     assert (store.frames_at(rows)[:, 0, 0, 0] == store.z_at(rows)[:, 0]).all()
     assert "another run of stage 1" in fails(store_of, numbered, dynamics_id="another")
-    save_latents(numbered, 3, np.zeros((20, 1)), ~common.valid_windows(FIRST, 1))
-    assert "latents of other windows" in fails(store_of, numbered, dynamics_id="abc")
+    frames = numbered / "maze/train/frames_003.npz"
+    changed = common.load_npz(frames)
+    changed["obs"][0] += 1
+    common.save_npz(frames, **changed)
+    assert "made from other frames" in fails(store_of, numbered, dynamics_id="abc")
 
 
-def test_short_episodes_and_mixed_sizes_give_one_line(tmp_path):
+def test_short_episodes_give_one_line(tmp_path):
     obs, first = np.zeros((6, 16, 16, 3), np.uint8), np.ones(6, bool)
     common.save_npz(tmp_path / "maze/train/frames_000.npz", {}, obs=obs, first=first)
     assert "no window of 3 frames" in fails(store_of, tmp_path)
-    obs = np.zeros((6, 32, 32, 3), np.uint8)
-    common.save_npz(tmp_path / "maze/train/frames_001.npz", {}, obs=obs, first=~first)
-    assert "frames of 16 and of 32 pixels" in fails(store_of, tmp_path)
 
 
 def test_true_actions_are_those_of_the_rows(numbered):
@@ -287,3 +290,29 @@ def test_the_next_command_names_folders_that_are_not_the_defaults(capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first == "next: python decode_offline.py --game maze --runs-dir 'runs/no vq'"
     assert second == "next: python decode_offline.py --game maze --labels 16 --seed 2"
+
+
+def test_threads_can_read_at_once(tmp_path):
+    """Python 3.11 fails in 1% of these reads, if several threads parse headers of arrays."""
+
+    class Garbage:  # its finalizer lets other threads run in the middle of a parse
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            time.sleep(0)
+
+    path = tmp_path / "x.npz"
+    common.save_npz(path, dict(game="maze"), x=np.arange(3), y=np.zeros((2, 2)))
+
+    def read(_):
+        Garbage()
+        return common.load_npz(path)["x"].tolist()
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(x == [0, 1, 2] for x in pool.map(read, range(1000)))
+    finally:
+        gc.set_threshold(*threshold)
