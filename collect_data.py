@@ -278,6 +278,7 @@ def train_expert(args, settings, device, path):
             metrics["eval_return"] = common.evaluation_returns(settings, act, args).mean()
             mean_return, episodes = common.pop_ended(envs)
             log.write(env_step=env_step, mean_return=mean_return, episodes=episodes, **metrics)
+            # only a finished expert goes to --experts-dir, where it is taken as it is
             common.save_checkpoint(
                 path if is_last else run / "expert.pt",
                 kind="expert",
@@ -341,15 +342,16 @@ def play_shards(args, recording, act, reads_plain, num_frames, split):
         reward = np.zeros((B, T), np.float32)
         for t in range(T):
             obs[:, t] = envs.obs
-            acts = act(plain_envs.rendered if solves else plain_envs.obs)
-            # a solver that gives up ends the episode; no window contains that step
-            action[:, t] = np.where(acts == common.RESET, common.NOOP, acts)
-            _, step_reward, done = envs.step(acts)
+            played = act(plain_envs.rendered if solves else plain_envs.obs)
+            # a solver that gives up plays RESET, which ends the episode and is no action; its label
+            # is NOOP, and no window contains that step
+            action[:, t] = np.where(played == common.RESET, common.NOOP, played)
+            _, step_reward, done = envs.step(played)
             reward[:, t] = step_reward
             if t + 1 < T:
                 first[:, t + 1] = done
             if plain_envs is not envs:
-                _, plain_reward, plain_done = plain_envs.step(acts)
+                _, plain_reward, plain_done = plain_envs.step(played)
                 if (plain_reward != step_reward).any() or (plain_done != done).any():
                     common.fail(f"{args.game} plays differently in plain pictures; try --one-theme")
         frames = dict(obs=obs.reshape(-1, S, S, 3), first=first.reshape(-1))

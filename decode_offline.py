@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 TEST_FRAMES = 4096  # held-out frames on which decoders are judged
 LABELLED_SHARDS = 16  # at most; labelled rows come from shards all over the folder
+BLIND_POLICIES = 4  # the blind policy plays as many episodes as four decoders
 
 
 @dataclass
@@ -153,8 +154,8 @@ def load_policy(run, game, device):
 def labelled_shards(frames_dir):
     """Paths of shards from all over the folder, whose rows can be labelled."""
     paths = common.list_shards(frames_dir)
-    chosen = np.linspace(0, len(paths) - 1, LABELLED_SHARDS).astype(int)
-    return [paths[i] for i in np.unique(chosen)]
+    step = -(-len(paths) // LABELLED_SHARDS)
+    return paths[::step]
 
 
 def load_labelled(frames_dir, latents_dir, dynamics_id):
@@ -169,11 +170,11 @@ def load_labelled(frames_dir, latents_dir, dynamics_id):
     return z, torch.from_numpy(np.concatenate(actions)).long()
 
 
-def draw_labels(num_rows, count, args, seed):
-    """The rows that decoder `seed` has labels of, int64 (count,); a smaller count gives a prefix of
-    the same rows.
+def draw_labels(num_rows, count, args, number):
+    """The rows that decoder `number` has labels of, int64 (count,); a smaller count gives a prefix
+    of the same rows.
     """
-    generator = torch.Generator().manual_seed(common.derive_seed(args.seed, f"labels {seed}"))
+    generator = torch.Generator().manual_seed(common.derive_seed(args.seed, f"labels {number}"))
     return torch.randperm(num_rows, generator=generator)[:count]
 
 
@@ -195,16 +196,16 @@ def judge(logits, true_actions, game):
 
 
 def fit_decoders(z, actions, args, device):
-    """A decoder for each number of labels and each seed, in this order."""
+    """--decoder-seeds decoders for each number of labels, in this order."""
     mean = z.mean(0)  # of all rows, as latents need no labels
     std = z.std(0) + 1e-6
     decoders = []
     for count in args.labels:
-        for seed in range(args.decoder_seeds):
-            fit_seed = common.derive_seed(args.seed, f"fit {count} {seed}")
+        for number in range(args.decoder_seeds):
+            fit_seed = common.derive_seed(args.seed, f"fit {count} {number}")
             generator = torch.Generator().manual_seed(fit_seed)
             torch.manual_seed(fit_seed)  # of the decoder's first weights
-            rows = draw_labels(len(z), count, args, seed)
+            rows = draw_labels(len(z), count, args, number)
             decoder = ActionDecoder(z.shape[1])
             decoder.mean.copy_(mean)
             decoder.std.copy_(std)
@@ -225,21 +226,6 @@ def play(compute_logits, num_policies, recording, args, device):
     envs = common.ProcgenEnvs(recording, num_policies * args.envs_per_decoder, seed)
     quota = -(-args.episodes // args.envs_per_decoder)
     return common.play_episodes(envs, act, quota).reshape(num_policies, -1).mean(1)
-
-
-def play_blindly(actions, recording, args):
-    """Mean return of a policy that samples actions with their frequencies in actions [n] and
-    ignores the frame.
-    """
-    rng = np.random.default_rng(common.derive_seed(args.seed, "blind policy"))
-    frequencies = np.bincount(actions, minlength=common.NUM_ACTIONS) / len(actions)
-
-    def act(obs):
-        return rng.choice(common.NUM_ACTIONS, size=len(obs), p=frequencies)
-
-    seed = common.derive_seed(args.seed, "decode offline")
-    envs = common.ProcgenEnvs(recording, num_envs=64, seed=seed)
-    return common.play_episodes(envs, act, episodes_per_env=4).mean()
 
 
 def main(args):
@@ -276,12 +262,21 @@ def main(args):
         return torch.cat([decoder(part) for decoder, part in zip(decoders, parts)])
 
     returns = play(compute_logits, len(decoders), recording, args, device)
+
+    # --- the blind policy: the expert's frequencies of actions, whatever the frame
+    frequencies = torch.bincount(actions, minlength=common.NUM_ACTIONS) / len(actions)
+    blind_logits = frequencies.log().to(device)  # (15,)
+
+    def compute_blind_logits(obs):
+        return blind_logits.expand(len(obs), -1)
+
+    blind_returns = play(compute_blind_logits, BLIND_POLICIES, recording, args, device)
     results = dict(
         labels=np.array(args.labels),
         returns=returns.reshape(shape),
         accuracy=accuracy.reshape(shape),
         policy_accuracy=policy_accuracy.reshape(shape),
-        blind_return=play_blindly(actions, recording, args),
+        blind_return=blind_returns.mean(),
         random_return=recording["random_return"],
         expert_return=recording["expert_return"],
     )
@@ -307,8 +302,7 @@ def main(args):
         references=references,
     )
     if args.capture_video:
-        most = int(np.argmax(args.labels))
-        decoder = decoders[most * args.decoder_seeds]
+        decoder = decoders[-args.decoder_seeds]  # the first one of the last number of labels
         act = common.make_player(lambda obs: decoder(policy(obs)), device, args.seed)
         common.capture_video(run / "decode_offline.gif", recording, act, args.seed)
     print("  labels     return          normalized  accuracy from z  accuracy from o_t")

@@ -78,7 +78,7 @@ class Args(common.RunArgs):
     refit_interval: int = 20
     """Updates between refits after that."""
     refit_stop: int = 400_000
-    """Steps after which the decoder stays as it is, and the IDM is no longer needed."""
+    """Steps after which the decoder stays as it is."""
     refit_epochs: int = 3
     """Passes over the transitions."""
     refit_batch_size: int = 512
@@ -313,18 +313,6 @@ def set_learning_rates(optimizer, env_step, args):
 # --- the decoder ----------------------------------------------------------------------------------
 
 
-def refit_updates(args):
-    """The updates, counted from 1, after which the decoder is fitted; none for --method rl."""
-    updates = []
-    rollout_size = args.num_envs * args.rollout_steps
-    for update in range(1, args.env_steps // rollout_size + 1):
-        env_step = update * rollout_size
-        interval = 1 if env_step <= args.refit_dense_until else args.refit_interval
-        if args.refit_start <= env_step <= args.refit_stop and update % interval == 0:
-            updates.append(update)
-    return updates if args.method == "rl_sl" else []
-
-
 @torch.no_grad()
 def label_transitions(idm, frames, first, actions, batch_size=512):
     """z (M, Z) of a rollout's windows within an episode, and the actions (M,) taken at their o_t.
@@ -368,46 +356,47 @@ class OnlineDecoder:
 
     def __init__(self, idm, z_dim, args, device):
         self.idm = idm
-        self.refits = refit_updates(args)
         self.args = args
         self.network = ActionDecoder(z_dim).to(device)
+        last = self.network.layers[-1]
+        nn.init.zeros_(last.weight)  # uniform before the first fit (official code: unfitted)
+        nn.init.zeros_(last.bias)
         self.distinct = torch.from_numpy(common.distinct_actions(args.game)).to(device)
-        self.fitted = False
         self.accuracy = float("nan")
         self.z = torch.zeros(0, z_dim, dtype=torch.half, device=device)
         self.actions = torch.zeros(0, dtype=torch.long, device=device)
 
     def __call__(self, z):
-        """z (B, Z) -> logits (B, 15); uniform before the first fit (official code: unfitted)."""
-        if self.fitted:
-            return self.network(z)
-        return torch.zeros(len(z), common.NUM_ACTIONS, device=z.device)
+        """z (B, Z) -> logits (B, 15)"""
+        return self.network(z)
 
-    def learn(self, update, rollout, generator):
-        """Labels the rollout of this update, and refits the decoder if it is due."""
-        if not self.refits or update > self.refits[-1]:
-            self.accuracy = float("nan")  # not measured any more
+    def learn(self, env_step, rollout, generator):
+        """Labels the rollout that ended at env_step, and refits the decoder if it is due."""
+        args = self.args
+        if args.method == "rl":
+            return
+        if env_step > args.refit_stop:  # the decoder stays as it is
+            self.accuracy = float("nan")
+            self.z = self.z[:0].clone()  # releases the memory
+            self.actions = self.actions[:0].clone()
             return
         z, actions = label_transitions(
             self.idm, rollout["frames"], rollout["first"], rollout["actions"]
         )
-        if self.fitted:  # on transitions that it was not fitted on, actions of equal effect merged
-            guesses = self.network(z).argmax(1)
-            right = self.distinct[guesses] == self.distinct[actions]
-            self.accuracy = right.float().mean().item()
+        # accuracy on transitions that it was not fitted on, actions of equal effect merged
+        guesses = self.network(z).argmax(1)
+        right = self.distinct[guesses] == self.distinct[actions]
+        self.accuracy = right.float().mean().item()
         self.z = torch.cat([self.z, z.half()])
         self.actions = torch.cat([self.actions, actions])
-        if update in self.refits:
-            fit_decoder(self.network, self.z, self.actions, self.args, generator)
-            self.fitted = True
-        if update == self.refits[-1]:  # releases their memory
-            self.z = self.z[:0].clone()
-            self.actions = self.actions[:0].clone()
+        update = env_step // (args.num_envs * args.rollout_steps)
+        interval = 1 if env_step <= args.refit_dense_until else args.refit_interval
+        if env_step >= args.refit_start and update % interval == 0:
+            fit_decoder(self.network, self.z, self.actions, args, generator)
 
     def state_dict(self):
         return dict(
             network=self.network.state_dict(),
-            fitted=self.fitted,
             accuracy=self.accuracy,
             z=self.z,
             actions=self.actions,
@@ -415,7 +404,6 @@ class OnlineDecoder:
 
     def load_state_dict(self, saved):
         self.network.load_state_dict(saved["network"])
-        self.fitted = saved["fitted"]
         self.accuracy = saved["accuracy"]
         self.z = saved["z"].to(self.z.device)
         self.actions = saved["actions"].to(self.z.device)
@@ -444,7 +432,8 @@ def load_networks(run, args, device):
 
 def new_rollout(args, checkpoint, num_features, device):
     """Storage of a rollout: T steps of B games. frames and first begin with the k frames before the
-    rollout and end with the frame after it; values end with the value of that frame.
+    rollout and end with the frame after it, from which the next rollout starts. first is True at
+    the beginning: no window reaches back before the first rollout. values end with that frame's.
     """
     T, B, S = args.rollout_steps, args.num_envs, checkpoint["config"]["frame_size"]
     num_frames = checkpoint["context"] + T + 1
@@ -497,8 +486,8 @@ def check_schedules(args):
             common.fail(f"--{layer}-lr-ramp {ramp} must rise, and peak before --env-steps")
     if args.num_envs * args.rollout_steps // args.minibatches < 2:
         common.fail(f"--minibatches {args.minibatches} leaves less than 2 steps in each")
-    if args.method == "rl_sl" and not refit_updates(args):
-        common.fail(f"no update ends between --refit-start {args.refit_start} and --refit-stop")
+    if args.method == "rl_sl" and args.refit_start > min(args.refit_stop, args.env_steps):
+        common.fail(f"--refit-start {args.refit_start}: later than --refit-stop or --env-steps")
 
 
 def save_results(output, args, checkpoint, curve, policy, latent_policy, decoder):
@@ -585,11 +574,11 @@ def main(args):
         set_learning_rates(optimizer, (update - 1) * rollout_size, args)
         metrics = ppo_update(policy, optimizer, rollout, args, generator)
         # SL: the IDM labels these transitions, the decoder is refitted on all so far
-        decoder.learn(update, rollout, generator)
+        env_step = update * rollout_size
+        decoder.learn(env_step, rollout, generator)
         log.bar.update(rollout_size)
 
         # at the first update past each multiple of --log-every-steps: evaluate on whole episodes
-        env_step = update * rollout_size
         if env_step % args.log_every_steps < rollout_size or update == num_updates:
             common.check_finite(env_step, f"{output}.pt", policy)
             act = common.make_player(compute_logits, device, eval_seed)

@@ -145,9 +145,6 @@ def main(args):
     context = idm_config["context"]
     store = common.FrameStore(args, "train", context, device, dynamics_id, args.pool_frames)
     test = common.FrameStore(args, "test", context, device, dynamics_id)
-    if store.frame_size != idm_config["frame_size"]:
-        sizes = f"{idm_config['frame_size']} pixels, {store.folder} has {store.frame_size}"
-        common.fail(f"stage 1 saw frames of {sizes}")
     test_rows = test.draw(TEST_FRAMES)
     test_obs = test.frames_at(test_rows)
     test_z = test.z_at(test_rows)
@@ -157,8 +154,7 @@ def main(args):
     config = dict(frame_size=store.frame_size, multiplier=args.multiplier, z_dim=z_dim)
     policy = LatentPolicy(**config)
     if args.standardize:
-        step = max(1, len(store.rows) // 65_536)
-        z = store.z_at(store.rows[::step])  # of the frames in memory
+        z = store.z_at(store.rows)  # of the frames in memory
         policy.mean.copy_(z.mean(0))
         policy.std.copy_(z.std(0) + 1e-6)
     policy.to(device, memory_format=torch.channels_last)
@@ -195,6 +191,7 @@ def main(args):
         log.bar.update()
         if grad_step % args.eval_every == 0 or grad_step == args.grad_steps:
             common.check_finite(grad_step, output, policy)
+            # train_loss is in units of policy.std, test_mse in units of z
             log.write(grad_step=grad_step, train_loss=loss, **evaluate(policy, test_obs, test_z))
             common.save_checkpoint(
                 output,

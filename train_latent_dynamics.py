@@ -304,11 +304,12 @@ def dynamics_loss(idm, quantizer, fdm, windows, commitment_cost):
     return mse + commitment_cost * commitment_loss, mse, commitment_loss
 
 
-def perplexity(codes, embeddings):
-    """codes [N] -> exp of the entropy of their frequencies: 1 if all are equal, K if uniform."""
-    p = np.bincount(codes, minlength=embeddings) / len(codes)
-    log_p = np.log(np.maximum(p, 1e-10))
-    return float(np.exp(-(p * log_p).sum()))
+def perplexity(codes):
+    """codes int64 (N,) -> exp of the entropy of their frequencies: 1 if all are equal, K if K are
+    equally frequent.
+    """
+    counts = torch.bincount(codes).float()
+    return torch.distributions.Categorical(counts).perplexity().item()
 
 
 def linear_probe(z, actions, test_z, test_actions):
@@ -358,14 +359,13 @@ def evaluate(idm, quantizer, fdm, test_windows, probe_windows, probe_actions):
     check_range(z)
     z_q, _, codes = quantizer(z)
     predicted = in_batches(fdm, test_windows[:, :-1], z_q)  # (N, 3, S, S)
-    o_t = common.to_input(test_windows[:, -2:-1])
+    o_t = common.to_input(test_windows[:, -2:-1])  # a window is o_{t-k} .. o_t, o_{t+1}
     target = common.to_input(test_windows[:, -1:])
     metrics = dict(test_mse=F.mse_loss(predicted, target), copy_mse=F.mse_loss(o_t, target))
     if codes.numel():
         # one perplexity per position: if each of 4 positions used a single code, pooled codes would
         # have a perplexity of 4 and hide the collapse
-        embeddings = quantizer.embedding.shape[1]
-        each = [perplexity(position, embeddings) for position in codes.cpu().numpy().T]
+        each = [perplexity(position) for position in codes.T]
         metrics["perplexity_mean"] = np.mean(each)
         metrics["perplexity_min"] = min(each)
     if probe_actions is not None:
@@ -419,9 +419,8 @@ def load_evaluation_windows(args, device):
     probed = test
     if (args.data_dir / args.game / "random").exists():
         probed = common.FrameStore(args, "random", args.context, device)
-    if test.frame_size != probed.frame_size:
-        common.fail(f"{test.folder} and {probed.folder} differ in frame size")
     test_windows = test.windows_at(test.draw(TEST_WINDOWS))
+    # in the order of the files: the last ones, on which the probe is tested, are of other episodes
     probe_rows = probed.draw(TEST_WINDOWS).sort()[0]
     probe_actions = common.true_actions_to_report_on(probed, probe_rows)
     if probe_actions is not None:
@@ -508,11 +507,9 @@ def main(args):
     # --- data
     store = common.FrameStore(args, "train", args.context, device, pool_frames=args.pool_frames)
     size = store.frame_size
-    frames_id = common.frames_id(common.list_shards(store.folder))
+    train_frames_id = common.frames_id(common.list_shards(store.folder))
     # the FDM is tested on the expert's play, the probe of z on random play
     test_windows, probe_windows, probe_actions = load_evaluation_windows(args, device)
-    if test_windows.shape[2] != size:
-        common.fail(f"the splits of {data} differ in frame size")
 
     # --- networks
     config = model_config(args, size)
@@ -532,7 +529,7 @@ def main(args):
     # --- training
     resumable = dict(idm=idm, quantizer=quantizer, fdm=fdm, sampler=store)
     resumable |= dict(optimizer=optimizer, schedule=schedule)
-    start, _ = common.load_state(state, args, resumable, made_from=frames_id)
+    start, _ = common.load_state(state, args, resumable, made_from=train_frames_id)
     log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step", start)
 
     def evaluate_and_save(grad_step, train_mse, commitment_loss):
@@ -556,9 +553,10 @@ def main(args):
             quantizer=quantizer.state_dict(),
             fdm=fdm.state_dict(),
         )
-        common.save_state(state, args, grad_step, resumable, made_from=frames_id)
+        common.save_state(state, args, grad_step, resumable, made_from=train_frames_id)
 
-    if start == 0:  # the untrained IDM, a control
+    # row 0 of the CSV: the untrained IDM, a control of the probe; saved only with --grad-steps 0
+    if start == 0:
         evaluate_and_save(0, float("nan"), float("nan"))
     for grad_step in range(start + 1, args.grad_steps + 1):
         # a minibatch of windows o_{t-k} .. o_{t+1}

@@ -1,11 +1,11 @@
 """Metrics and pictures of latent actions (paper, section 6.3, Figures 1 and 5).
 
-Do they match the true actions, and what does each of them do? All on held-out episodes. True
-actions are used to report, never to learn; without label files (own videos), k-means clusters of
-the quantized latents take their place.
+What does each latent action do, and does it match a true action? All on held-out episodes. True
+actions only color and name the latents; without label files (own videos), k-means clusters of the
+quantized latents take their place. How well a linear probe of z predicts them: stage 1's CSV.
 
-reads   runs/<game>/latent_dynamics.pt, {train,test}/latents_NNN.npz,
-        data/<game>/{train,test,random}/frames_NNN.npz and labels_NNN.npz, if there
+reads   runs/<game>/latent_dynamics.pt, test/latents_NNN.npz,
+        data/<game>/test/frames_NNN.npz and labels_NNN.npz, if there
 writes  runs/<game>/latents_metrics.npz, latents.png (map, and frames of the clusters' middles),
         fdm.png (the FDM's predictions with the latents of each action)
 
@@ -15,7 +15,7 @@ on a CPU      python visualize_latents.py --game miner --points 2048
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import common  # before torch
 import matplotlib
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
-from train_latent_dynamics import PROBE_FIT, build_models, in_batches, linear_probe
+from train_latent_dynamics import build_models, in_batches
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -40,23 +40,9 @@ NUM_CLUSTERS = 12
 @dataclass
 class Args(common.RunArgs):
     points: int = 4096
-    """Windows of each split: held-out ones to plot, and others to fit the probes on."""
+    """Held-out windows whose latents are plotted."""
     projection: Literal["umap", "pca"] = "umap"
     """How latents are mapped to two dimensions (the paper: UMAP)."""
-
-
-class Split(NamedTuple):
-    store: common.FrameStore
-    windows: torch.Tensor  # uint8 (N, k + 2, S, S, 3)
-    z: np.ndarray  # float32 [N, Z], before quantization
-    actions: np.ndarray  # distinct true actions int [N], or None
-
-    def rows(self, some):
-        return self._replace(
-            windows=self.windows[some],
-            z=self.z[some],
-            actions=self.actions[some],
-        )
 
 
 # --- metrics --------------------------------------------------------------------------------------
@@ -73,27 +59,6 @@ def fdm_mse(fdm, windows, latents):
     return mse
 
 
-def probe_metrics(prefix, fit, test, untrained):
-    """Linear probes of z and of an untrained IDM's z, fitted on one Split, tested on the other."""
-    probe, majority = linear_probe(fit.z, fit.actions, test.z, test.actions)
-    fit_z = in_batches(untrained, fit.windows).cpu().numpy()
-    test_z = in_batches(untrained, test.windows).cpu().numpy()
-    probe_untrained, _ = linear_probe(fit_z, fit.actions, test_z, test.actions)
-    return {
-        f"{prefix}probe": probe,
-        f"{prefix}majority": majority,
-        f"{prefix}probe_untrained": probe_untrained,
-    }
-
-
-def mean_latents(split):
-    """float32 [15, Z]: the mean z of each action; the mean of all for one that does not occur."""
-    means = np.tile(split.z.mean(0), (common.NUM_ACTIONS, 1))
-    for action in np.unique(split.actions):
-        means[action] = split.z[split.actions == action].mean(0)
-    return means
-
-
 def project(z, method, seed):
     """z [N, Z] -> [N, 2]"""
     # UMAP cannot place points that are exactly equal
@@ -107,22 +72,26 @@ def project(z, method, seed):
     return PCA(2, random_state=seed).fit_transform(z)
 
 
-def medoids(z_q, num_clusters, seed):
-    """k-means of z_q [N, Z], largest cluster first: the row nearest to each mean, int [M], and the
-    cluster of each row, int [N]. M is at most the number of distinct rows. Means themselves are of
-    no use: the FDM was trained on quantized latents alone.
+def find_clusters(z_q, num_clusters, seed):
+    """k-means of z_q [N, Z]: the cluster of each row, int [N]; cluster 0 is the largest."""
+    label = KMeans(num_clusters, n_init=4, random_state=seed).fit_predict(z_q)
+    ids, counts = np.unique(label, return_counts=True)
+    cluster = np.zeros_like(label)
+    for number, largest_left in enumerate(ids[np.argsort(-counts, kind="stable")]):
+        cluster[label == largest_left] = number
+    return cluster
+
+
+def medoids(z_q, group):
+    """{group: the row of z_q [N, Z] nearest to the mean of its group}. Means themselves are of no
+    use: the FDM was trained on quantized latents alone.
     """
-    fitted = KMeans(num_clusters, n_init=4, random_state=seed).fit(z_q)
-    distance = fitted.transform(z_q)  # [N, M]
-    ids, counts = np.unique(fitted.labels_, return_counts=True)
-    by_size = ids[np.argsort(-counts, kind="stable")]
-    middle = np.zeros(len(ids), int)
-    cluster = np.zeros(len(z_q), int)
-    for number, label in enumerate(by_size):
-        members = np.flatnonzero(fitted.labels_ == label)
-        middle[number] = members[distance[members, label].argmin()]
-        cluster[members] = number
-    return middle, cluster
+    rows = {}
+    for g in np.unique(group):
+        members = np.flatnonzero(group == g)
+        distance = np.linalg.norm(z_q[members] - z_q[members].mean(0), axis=1)
+        rows[g] = members[distance.argmin()]
+    return rows
 
 
 # --- pictures. group [N]: the distinct true action of each latent, or its cluster -----------------
@@ -135,32 +104,17 @@ def plot_map(path, xy, group, names, title, windows, rows):
     figure = plt.figure(figsize=(17, 8), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[10, 7])
     axes = left.subplots()
-    order = np.random.default_rng(0).permutation(len(xy))  # no group lies on top of the others
-    axes.scatter(
-        xy[order, 0],
-        xy[order, 1],
-        c=ACTION_COLORS[group[order]],
-        s=12,
-        alpha=0.75,
-        linewidths=0,
-    )
     axes.set(xticks=[], yticks=[], title=title)
-    fractions = np.bincount(group, minlength=len(names)) / len(group)
-    for g in np.argsort(-fractions, kind="stable"):
-        if fractions[g] > 0:
-            label = f"{fractions[g]:.1%}  {names[g]}"
-            axes.scatter(
-                [],
-                [],
-                color=ACTION_COLORS[g],
-                s=80,
-                label=label,
-            )
+    counts = np.bincount(group, minlength=len(names))
+    for g in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]:
+        label = f"{counts[g] / len(group):.1%}  {names[g]}"
+        axes.scatter(*xy[group == g].T, s=12, alpha=0.75, color=ACTION_COLORS[g], label=label)
     axes.legend(
         loc="upper left",
         bbox_to_anchor=(1.0, 1.0),
         frameon=False,
         fontsize=12,
+        markerscale=2.5,
     )
     places = right.subplots(4, 3, squeeze=False).flat
     for number, (ax, row) in enumerate(zip(places, rows), 1):
@@ -202,12 +156,12 @@ def panels(images, titles, labels, title, inches=1.75):
     return figure
 
 
-def plot_fdm(path, fdm, windows, z_q, group_z_q, group, names, title):
+def plot_fdm(path, fdm, windows, z_q, group, names, title):
     """One window of each of the four most frequent groups: o_t, o_{t+1}, the prediction with its
-    own latent, and the predictions with the latents of up to six groups, group_z_q (G, Z). Below:
-    differences from o_t, and from the mean of the latter predictions. windows uint8 (N, k + 2, S,
-    S, 3), z_q (N, Z).
+    own latent, and the predictions with the medoids of up to six groups. Below: differences from
+    o_t, and from the mean of the latter predictions. windows uint8 (N, k + 2, S, S, 3), z_q (N, Z).
     """
+    medoid = medoids(z_q.cpu().numpy(), group)
     counts = np.bincount(group)
     frequent = np.argsort(-counts, kind="stable")[:6]
     frequent = [g for g in frequent if g in group]
@@ -224,7 +178,7 @@ def plot_fdm(path, fdm, windows, z_q, group_z_q, group, names, title):
     own = fdm(past, z_q[rows])
     given = []
     for g in frequent:
-        given.append(fdm(past, group_z_q[[g] * len(rows)]))
+        given.append(fdm(past, z_q[[medoid[g]] * len(rows)]))
     given = torch.stack(given)  # (G, R, 3, S, S)
     frames = torch.stack([o_t, o_next, own])  # (3, R, 3, S, S)
     upper = torch.cat([frames, given])  # (3 + G, R, 3, S, S)
@@ -245,25 +199,6 @@ def plot_fdm(path, fdm, windows, z_q, group_z_q, group, names, title):
 # --- main -----------------------------------------------------------------------------------------
 
 
-def load_split(args, split, saved, idm, device):
-    """`points` windows of a split; stage 1 has written no latents of random play."""
-    config = saved["config"]["idm"]
-    dynamics_id = None if split == "random" else saved["dynamics_id"]
-    store = common.FrameStore(args, split, config["context"], device, dynamics_id)
-    if store.frame_size != config["frame_size"]:
-        sizes = f"{config['frame_size']} pixels, not {store.frame_size}"
-        common.fail(f"stage 1 was trained on frames of {sizes}")
-    rows = store.draw(args.points).sort()[0]
-    if split == "test":
-        rows = rows.unique()  # no latent is plotted twice
-    windows = store.windows_at(rows)
-    z = in_batches(idm, windows) if dynamics_id is None else store.z_at(rows)
-    actions = common.true_actions_to_report_on(store, rows)
-    if actions is not None and actions.dtype.kind == "f":
-        common.fail("actions are continuous: python -m continuous_control.visualize_dmc")
-    return Split(store, windows, z.cpu().numpy(), actions)
-
-
 @torch.no_grad()
 def main(args):
     device = common.pick_device(args)
@@ -274,55 +209,43 @@ def main(args):
 
     # --- networks
     saved = common.load_checkpoint(run / "latent_dynamics.pt", "latent_dynamics", args.game)
-    config = saved["config"]
-    idm, quantizer, fdm = build_models(config, device)
-    untrained, _, _ = build_models(config, device)
-    idm.load_state_dict(saved["idm"])
+    _, quantizer, fdm = build_models(saved["config"], device)
     quantizer.load_state_dict(saved["quantizer"])
     fdm.load_state_dict(saved["fdm"])
-    for module in (idm, quantizer, fdm, untrained):
-        module.eval()
+    quantizer.eval()
+    fdm.eval()
+
     # --- data
-    train = load_split(args, "train", saved, idm, device)
-    test = load_split(args, "test", saved, idm, device)
-    num_points = len(test.z)
-    if num_points < 50:
-        common.fail(f"{test.store.folder} gives {num_points} windows, at least 50 are needed")
-    labelled = train.actions is not None and test.actions is not None
-    print(f"{num_points:,} latents of {args.game} on {device}, true actions: {labelled}")
+    context = saved["config"]["idm"]["context"]
+    store = common.FrameStore(args, "test", context, device, saved["dynamics_id"])
+    rows = store.draw(args.points).unique()  # no latent is plotted twice
+    if len(rows) < 50:
+        common.fail(f"{store.folder} gives {len(rows)} windows, at least 50 are needed")
+    windows = store.windows_at(rows)  # (N, k + 2, S, S, 3)
+    z = store.z_at(rows)  # (N, Z)
+    z_q, _, _ = quantizer(z)  # (N, Z)
+    actions = common.true_actions_to_report_on(store, rows)
+    if actions is not None and actions.dtype.kind == "f":
+        common.fail("actions are continuous: python -m continuous_control.visualize_dmc")
+    labelled = actions is not None
+    print(f"{len(rows):,} latents of {args.game} on {device}, true actions: {labelled}")
 
-    # --- probes, each beside the majority class and z of an untrained IDM
-    metrics = {}
-    if (args.data_dir / args.game / "random").exists():  # as in stage 1
-        random_play = load_split(args, "random", saved, idm, device)
-        if random_play.actions is not None:
-            split = int(PROBE_FIT * len(random_play.z))
-            fit = random_play.rows(slice(None, split))
-            rest = random_play.rows(slice(split, None))
-            metrics |= probe_metrics("random_", fit, rest, untrained)
-    if labelled:
-        metrics |= probe_metrics("", train, test, untrained)
-
-    # --- groups of latents, and a latent for each: true actions, or clusters
-    z_q, _, _ = quantizer(torch.from_numpy(test.z).to(device))  # (N, Z)
-    shuffled = z_q[torch.randperm(num_points)]
-    latents = dict(true=z_q, zeroed=0 * z_q, shuffled=shuffled)
-    middle, cluster = medoids(z_q.cpu().numpy(), NUM_CLUSTERS, args.seed)
+    # --- groups of latents: true actions, or clusters
+    cluster = find_clusters(z_q.cpu().numpy(), NUM_CLUSTERS, args.seed)
+    kind = "k-means cluster"
+    group = cluster
+    names = [f"cluster {i + 1}" for i in range(NUM_CLUSTERS)]
     if labelled:
         kind = "true action"
+        group = actions
         names = [f"action {i}" for i in range(common.NUM_ACTIONS)]
         if args.game in common.GAMES:
             names = common.ACTIONS
-        group = test.actions
-        means = torch.from_numpy(mean_latents(train)).to(device)
-        group_z_q, _, _ = quantizer(means)  # (15, Z): the FDM saw nothing between the codes
-        latents["mean_of_action"] = group_z_q[group]
-    else:
-        kind = "k-means cluster"
-        names = [f"cluster {i + 1}" for i in range(NUM_CLUSTERS)]
-        group = cluster
-        group_z_q = z_q[middle]
-    metrics |= fdm_mse(fdm, test.windows, latents)
+
+    # --- does the FDM use the latents? mse with the true, no and another window's latent
+    shuffled = z_q[torch.randperm(len(z_q))]
+    latents = dict(true=z_q, zeroed=0 * z_q, shuffled=shuffled)
+    metrics = fdm_mse(fdm, windows, latents)
 
     # --- save, draw, print
     settings = dict(
@@ -330,14 +253,15 @@ def main(args):
         args=vars(args),
         grad_step=saved["grad_step"],
     )
-    xy = project(test.z, args.projection, args.seed)
+    xy = project(z.cpu().numpy(), args.projection, args.seed)
     arrays = dict(xy=xy, group=group)
     common.save_npz(run / "latents_metrics.npz", settings, **metrics, **arrays)
-    title = f"{args.game}: {num_points:,} held-out latents by {kind} ({args.projection})"
-    plot_map(run / "latents.png", xy, group, names, title, test.windows.cpu().numpy(), middle)
+    title = f"{args.game}: {len(rows):,} held-out latents by {kind} ({args.projection})"
+    middles = list(medoids(z_q.cpu().numpy(), cluster).values())
+    plot_map(run / "latents.png", xy, group, names, title, windows.cpu().numpy(), middles)
     title = f"{args.game}: predictions with a typical latent of each {kind}\n"
     title += "second rows: difference from $o_t$ (left), from the mean prediction (right)"
-    plot_fdm(run / "fdm.png", fdm, test.windows, z_q, group_z_q, group, names, title)
+    plot_fdm(run / "fdm.png", fdm, windows, z_q, group, names, title)
     for name, value in metrics.items():
         print(f"{name:36}{value:10.4g}")
     print(f"in {run}: latents_metrics.npz, latents.png, fdm.png")

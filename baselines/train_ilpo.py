@@ -164,10 +164,10 @@ def evaluate(policy, generator, test_windows, probe_windows, probe_actions, late
         metrics["test_mse"] += weight * mse.mean().item()
         metrics["test_mean_mse"] += weight * mean_mse.item()
         metrics["copy_mse"] += weight * F.mse_loss(o_t, target).item()
-    nearest = torch.cat(nearest).cpu().numpy()
+    nearest = torch.cat(nearest)
     pi = torch.cat(pi)  # (N, K)
     mean_pi = torch.distributions.Categorical(pi.mean(0))
-    metrics["perplexity"] = perplexity(nearest, latents)  # of the nearest latents, K at most
+    metrics["perplexity"] = perplexity(nearest)  # of the nearest latents, K at most
     entropy = torch.distributions.Categorical(pi).entropy()  # in nats, log K at most
     metrics["policy_entropy"] = entropy.mean().item()
     metrics["policy_perplexity"] = mean_pi.perplexity().item()
@@ -177,7 +177,7 @@ def evaluate(policy, generator, test_windows, probe_windows, probe_actions, late
         fitted = (z[:split], probe_actions[:split])
         scores = map_accuracy(*fitted, z[split:], probe_actions[split:], latents)
         metrics["map_accuracy"], metrics["majority"] = scores
-    frequencies = np.bincount(nearest, minlength=latents) / len(nearest)
+    frequencies = nearest.bincount(minlength=latents) / len(nearest)
     metrics["histogram"] = " ".join(f"{frequency:.3f}" for frequency in frequencies)
     generator.train()
     return metrics
@@ -186,7 +186,7 @@ def evaluate(policy, generator, test_windows, probe_windows, probe_actions, late
 def main(args):
     device = common.pick_device(args)
     torch.manual_seed(args.seed)
-    data, run = args.data_dir / args.game, args.runs_dir / args.game
+    run = args.runs_dir / args.game
     output = run / "latent_policy.pt"
     state = run / "train_ilpo_state.pt"
     latents = args.latents
@@ -200,8 +200,6 @@ def main(args):
     size = store.frame_size
     frames_id = common.frames_id(common.list_shards(store.folder))
     evaluation_windows = load_evaluation_windows(args, device)
-    if evaluation_windows[0].shape[2] != size:
-        common.fail(f"the splits of {data} differ in frame size")
     common.lock(output)
 
     # --- networks

@@ -1,6 +1,6 @@
 """The table with which `make demo` ends: LAPO beside its controls.
 
-reads   demo/runs/<game>/*.npz, demo/untrained/<game>/*.npz
+reads   demo/runs/<game>/*.npz and train_latent_dynamics.csv, demo/untrained/<game>/*.npz
 
 python -m extras.demo_table --game miner --data-dir demo/data --runs-dir demo/runs
 """
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
+
+from extras.summarize import read_csv
 
 
 @dataclass
@@ -30,8 +32,10 @@ def main(args):
     offline = common.load_npz(run / "decode_offline.npz")
     online = common.load_npz(run / "decode_online_rl_sl.npz")
     untrained = args.untrained_dir / args.game / "decode_offline.npz"
-    probe = latents["random_probe"]
-    untrained_probe = latents["random_probe_untrained"]
+    stage_1 = read_csv(run / "train_latent_dynamics.csv")
+    probe = float(stage_1[-1]["probe"])
+    untrained_probe = float(stage_1[0]["probe"])
+    majority = float(stage_1[-1]["majority"])
     mse = latents["fdm_mse_true"] / latents["fdm_mse_copy"]
     shuffled = latents["fdm_mse_shuffled"] / latents["fdm_mse_copy"]
     few = mean_return(run / "decode_offline.npz", 16)
@@ -44,7 +48,7 @@ def main(args):
 {args.game}, laptop scale (plain pictures at 32x32, recordings of a solver)
                                            LAPO  controls
 linear probe of z on random play         {probe:6.2f}  untrained IDM {untrained_probe:.2f}, \
-majority class {latents["random_majority"]:.2f}
+majority class {majority:.2f}
 FDM's mse, as a fraction of copying o_t  {mse:6.2f}  with shuffled latents {shuffled:.2f}
 return with 16 labelled frames           {few:>6}  blind policy {offline["blind_return"]:.1f}, \
 random policy {offline["random_return"]:.1f}

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from train_latent_dynamics import build_models
-from visualize_latents import medoids, panels
+from visualize_latents import find_clusters, medoids, panels
 
 MAX_LATENTS = 4096  # that are clustered
 
@@ -61,7 +61,9 @@ def cluster_latents(args, checkpoint, quantizer, num_clusters, device):
     rows = store.draw(MAX_LATENTS).unique()
     z_q, _, _ = quantizer(store.z_at(rows))
     warnings.filterwarnings("ignore", module="sklearn")  # fewer distinct latents than clusters
-    medoid, cluster = medoids(z_q.cpu().numpy(), min(num_clusters, len(rows)), args.seed)
+    array = z_q.cpu().numpy()
+    cluster = find_clusters(array, min(num_clusters, len(rows)), args.seed)
+    medoid = list(medoids(array, cluster).values())
     members = cluster == np.arange(len(medoid))[:, None]  # bool [M, N]
     actions = common.true_actions_to_report_on(store, rows)
     action_fractions = None

@@ -138,24 +138,23 @@ def test_labels_belong_to_their_latents(root):
     assert torch.cat([z, actions[:, None]], 1).tolist() == np.array(expected, float).tolist()
 
 
-def test_schedules_by_hand():
+def test_the_decoder_is_refitted_at_the_official_codes_steps(monkeypatch):
     args = online.Args()
-    assert online.refit_updates(args) == [
-        3,
-        4,
-        5,
-        6,
-        7,
-        8,
-        9,
-        10,
-        11,
-        12,
-        20,
-        40,
-        60,
-        80,
-    ]  # 12,288 to 327,680 steps
+    decoder = online.OnlineDecoder(None, 8, args, torch.device("cpu"))
+    labelled = (torch.ones(2, 8), torch.tensor([0, 3]))
+    monkeypatch.setattr(online, "label_transitions", lambda *_: labelled)
+    fits = []  # (update, transitions)
+    monkeypatch.setattr(online, "fit_decoder", lambda _, z, *__: fits.append((update, len(z))))
+    assert torch.equal(decoder(torch.randn(4, 8)), torch.zeros(4, 15))  # uniform before the first
+    for update in range(1, 121):
+        decoder.learn(update * 4096, dict(frames=None, first=None, actions=None), None)
+    due = [*range(3, 13), 20, 40, 60, 80]  # 12,288 to 327,680 steps
+    assert fits == [(update, 2 * update) for update in due]
+    assert len(decoder.z) == 0 and np.isnan(decoder.accuracy)
+
+
+def test_learning_rates_by_hand():
+    args = online.Args()
     steps = (0, 35_000, 42_500, 50_000, 2_025_000, 4_000_000)
     rates = [online.learning_rate(x, args.action_lr_ramp, 0.01, args.env_steps) for x in steps]
     np.testing.assert_allclose(rates, [0, 0, 0.00125, 0.0025, 0.00125, 0], atol=1e-12)

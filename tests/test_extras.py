@@ -69,9 +69,10 @@ def test_animations_stand_side_by_side_and_the_shorter_one_waits(tmp_path):
 def test_the_demos_table(tmp_path, capsys):
     settings = dict(recording={}, args={})
     run_dir = tmp_path / "runs/miner"
-    metrics = dict(random_probe=0.8, random_probe_untrained=0.46, random_majority=0.5)
     mse = dict(fdm_mse_true=1.0, fdm_mse_copy=4.0, fdm_mse_shuffled=3.0)
-    common.save_npz(run_dir / "latents_metrics.npz", settings, **metrics, **mse)
+    common.save_npz(run_dir / "latents_metrics.npz", settings, **mse)
+    stage_1 = "grad_step,probe,majority\n0,0.46,0.5\n500,0.7,0.5\n1000,0.8,0.5\n"
+    (run_dir / "train_latent_dynamics.csv").write_text(stage_1)
     returns = dict(blind_return=1.5, random_return=1.25, expert_return=9.0)
     both = dict(labels=[16, 256], returns=[[2.0, 3.0], [5.0, 7.0]])
     common.save_npz(run_dir / "decode_offline.npz", settings, **both, **returns)

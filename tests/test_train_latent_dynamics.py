@@ -170,8 +170,8 @@ def test_probe_and_perplexity_by_hand():
     accuracy, majority = stage1.linear_probe(z[:400], actions[:400], z[400:], actions[400:])
     common_action = np.bincount(actions[:400]).argmax()
     assert accuracy == 1 and majority == (actions[400:] == common_action).mean()
-    assert stage1.perplexity(np.zeros(9, int), 64) == pytest.approx(1)
-    assert stage1.perplexity(np.arange(12) % 4, 64) == pytest.approx(4)
+    assert stage1.perplexity(torch.zeros(9, dtype=torch.long)) == pytest.approx(1)
+    assert stage1.perplexity(torch.arange(12) % 4) == pytest.approx(4)
 
 
 def test_evaluation_shows_collapse_and_probes_the_last_quarter(record_calls):
