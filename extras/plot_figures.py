@@ -274,13 +274,12 @@ def finish(figure, path):
 
 
 def plot_comparison(returns, path, title, all_series, by_game):
-    """Panels: the mean over the games that have all curves, then each game that has any."""
+    """One panel: the mean over the games that have all curves. by_game: a panel for each game."""
     present = [s for s in all_series if returns.games_with([s])]
     # references may lack some of the games; they are left out of the mean then
     groups = [returns.games_with([s for s in present if s.x])]
     if by_game:
-        groups = [games for games in groups if len(games) > 1]  # one game has its own panel
-        groups += [[game] for game in returns.games]
+        groups = [[game] for game in returns.games]
     panels = []
     for games in groups:
         drawn = [s for s in present if returns.mean_over_games(s, games)]
@@ -293,9 +292,9 @@ def plot_comparison(returns, path, title, all_series, by_game):
         rows = select(returns.rows, variant=series.variant, method=series.method)
         scales |= {row["scale"] for row in rows if row["scale"]}
         ended |= not select(rows, kind="quota")
-    title += f"\n{', '.join(sorted(scales))} pictures; 0: random policy, 1: expert"
+    title += f"\npictures: {', '.join(sorted(scales))}; 0: random policy, 1: expert"
     title += "; training episodes that ended (survivors)" if ended else ""
-    figure, axes = new_figure(len(panels), title)
+    figure, axes = new_figure(len(panels), title, sharey=True)
     for panel_axes, (drawn, games) in zip(axes, panels):
         draw_curves(panel_axes, returns, drawn, games)
     finish(figure, path)

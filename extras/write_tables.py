@@ -3,7 +3,7 @@
 A table stands between two marks, the first of which names a folder of results/, what to print and
 options: `<!-- table: laptop_plain offline -->` and `<!-- end -->`. Kinds and their options:
     claims GAME ...     claims of the paper, its numbers on these games at the same steps, and ours
-    verdicts GAME ...   the same without the values of each seed
+    verdicts GAME ...   the paper's claims alone, without the values of each seed
     offline             returns against labels, by seed
     decoders LABELS ... mean and std over the decoders of each seed
     online STEP ...     returns at these steps, by seed (at the nearest point within a fifth)
@@ -35,7 +35,8 @@ REFERENCES = [
 ]
 CONTROLS = ("untrained", "bc", "blind")
 RECOVERED = 0.95  # of the expert's normalized return
-CLAIMS = [  # claim, series, series that it should exceed (or "expert"), steps or labels
+# claim, series, series that it should exceed (or "expert"), steps or labels
+CLAIMS = [  # of the paper
     (f"RL and SL reach {RECOVERED} of the expert", "rl_sl", "expert", 131_072),
     (f"RL and SL reach {RECOVERED} of the expert", "rl_sl", "expert", 524_288),
     ("RL and SL exceed RL alone", "rl_sl", "rl", 131_072),
@@ -45,6 +46,8 @@ CLAIMS = [  # claim, series, series that it should exceed (or "expert"), steps o
     ("VQ helps decoding offline", "decoder", "no_vq_decoder", 256),
     ("RL and SL exceed PPO from scratch", "rl_sl", "scratch", 524_288),
     ("PPO from scratch exceeds ILPO", "scratch", "ilpo", 524_288),
+]
+CONTROL_CLAIMS = [  # that a result means something
     ("LAPO exceeds the blind policy", "decoder", "blind", 16),
     ("LAPO exceeds the blind policy", "decoder", "blind", 256),
     ("LAPO exceeds cloning the same labels", "decoder", "bc", 256),
@@ -271,10 +274,11 @@ def normalized_runs(returns, series, games, x):
     return runs
 
 
-def claims(folder, *games):
+def compare(folder, games, listed):
+    """A row for each claim of the list whose runs are there."""
     returns = plot_figures.Returns(folder / "returns.csv")
     lines = []
-    for claim, name, other, x in CLAIMS:
+    for claim, name, other, x in listed:
         needed = [(ONLINE | OFFLINE)[key] for key in (name, other) if key != "expert"]
         if set(games) - set(returns.games_with(needed)):
             continue  # not run
@@ -300,14 +304,21 @@ def claims(folder, *games):
         x = f"{x:,} {'steps' if name in ONLINE else 'labels'}"
         compared = [" vs ".join(column) for column in (paper, ours, seeds)]
         lines.append([claim, x, *compared, f"{held} of {len(both)}"])
-    lines += claim_on_loss(folder, games)
     header = [f"claim ({', '.join(games)})", "at", "the paper, same games", "here", "by seed"]
     return [*header, "runs in which it holds"], lines
 
 
+def claims(folder, *games):
+    """The paper's claims, and that LAPO exceeds its controls."""
+    header, lines = compare(folder, games, CLAIMS)
+    _, controls = compare(folder, games, CONTROL_CLAIMS)
+    return header, lines + claim_on_loss(folder, games) + controls
+
+
 def verdicts(folder, *games):
-    """claims() for the front page."""
-    header, lines = claims(folder, *games)
+    """The paper's claims for the front page."""
+    header, lines = compare(folder, games, CLAIMS)
+    lines += claim_on_loss(folder, games)
     seeds = header.index("by seed")
     short, *rows = [line[:seeds] + line[seeds + 1 :] for line in (header, *lines)]
     return short, rows
