@@ -820,7 +820,7 @@ def load_state(path, args, resumable, made_from=None):
         restore = x.set_state if isinstance(x, torch.Generator) else x.load_state_dict
         restore(state["states"][name])
     torch.set_rng_state(state["rng"])
-    if torch.cuda.is_available():
+    if len(state["cuda_rng"]) == torch.cuda.device_count():  # else another machine
         torch.cuda.set_rng_state_all(state["cuda_rng"])
     print(f"resume: {path} is at step {state['step']:,}")
     return state["step"], state["values"]

@@ -383,7 +383,8 @@ class OnlineDecoder:
         z, actions = label_transitions(
             self.idm, rollout["frames"], rollout["first"], rollout["actions"]
         )
-        # accuracy on transitions that it was not fitted on, actions of equal effect merged
+        # accuracy on transitions that it was not fitted on, actions of equal effect merged; before
+        # the first fit, of a constant guess
         guesses = self.network(z).argmax(1)
         right = self.distinct[guesses] == self.distinct[actions]
         self.accuracy = right.float().mean().item()

@@ -2,7 +2,7 @@
 
 What does each latent action do, and does it match a true action? All on held-out episodes. True
 actions only color and name the latents; without label files (own videos), k-means clusters of the
-quantized latents take their place. How well a linear probe of z predicts them: stage 1's CSV.
+quantized latents take their place. Stage 1's CSV has the accuracy of a linear probe of z.
 
 reads   runs/<game>/latent_dynamics.pt, test/latents_NNN.npz,
         data/<game>/test/frames_NNN.npz and labels_NNN.npz, if there
@@ -77,8 +77,9 @@ def find_clusters(z_q, num_clusters, seed):
     label = KMeans(num_clusters, n_init=4, random_state=seed).fit_predict(z_q)
     ids, counts = np.unique(label, return_counts=True)
     cluster = np.zeros_like(label)
-    for number, largest_left in enumerate(ids[np.argsort(-counts, kind="stable")]):
-        cluster[label == largest_left] = number
+    by_size = ids[np.argsort(-counts, kind="stable")]
+    for number, old_label in enumerate(by_size):
+        cluster[label == old_label] = number
     return cluster
 
 
