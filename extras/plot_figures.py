@@ -27,7 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PAPER = Path(__file__).resolve().parents[1] / "results/paper"
-TEXT = ("variant", "game", "scale", "method", "kind")  # columns that are not numbers
+TEXT = ("variant", "actions", "game", "scale", "method", "kind")  # columns that are not numbers
 
 
 @dataclass

@@ -5,9 +5,10 @@ reads   <runs-dir>/<variant>/seed_<n>/<game>/, where the variant may be a path, 
           decode_online_<method>.npz, expert.csv                                learned by playing
           train_latent_dynamics.csv, train_latent_bc.csv, train_ilpo.csv,
           supervised_idm.csv                                                    metrics of training
-          latents_metrics.npz                                                   of the latents
+          latents_metrics.npz, action_pairs.csv                                 of the latents
 writes  <output-dir>/returns.csv: a row for each decoder and number of labels, or for each step
-        <output-dir>/stage_1.csv, stage_2.csv, ilpo.csv, supervised_idm.csv, latents.csv: metrics
+        <output-dir>/stage_1.csv, stage_2.csv, ilpo.csv, supervised_idm.csv, latents.csv,
+        action_pairs.csv: metrics
 
 Columns of returns.csv: method is decoder, bc, vpt, lapo_plus, bc_all, rl_sl, rl, scratch (PPO), or
 a reference: blind, random, expert, mean_action. kind is quota (whole episodes, equally many in each
@@ -34,11 +35,12 @@ ILPO = "grad_step map_accuracy majority test_mse copy_mse perplexity policy_perp
 ILPO += " policy_entropy"
 LATENTS = "random_probe random_probe_untrained random_majority probe probe_untrained majority"
 LATENTS += " supervised fdm_mse_copy fdm_mse_true fdm_mse_zeroed fdm_mse_shuffled"
-TRAINING = {  # file: table and columns
+METRICS = {  # file: table and columns
     "train_latent_dynamics.csv": ("stage_1.csv", STAGE_1.split()),
     "train_latent_bc.csv": ("stage_2.csv", STAGE_2.split()),
     "train_ilpo.csv": ("ilpo.csv", ILPO.split()),
     "supervised_idm.csv": ("supervised_idm.csv", ["grad_step", "accuracy"]),
+    "action_pairs.csv": ("action_pairs.csv", ["actions", "accuracy", "majority", "windows"]),
 }
 
 
@@ -178,7 +180,7 @@ def write_table(path, columns, rows):
 
 def main(args):
     columns = {"returns.csv": RUN + RETURNS.split(), "latents.csv": RUN + LATENTS.split()}
-    for table, metrics in TRAINING.values():
+    for table, metrics in METRICS.values():
         columns[table] = RUN + metrics
     tables = {table: [] for table in columns}
     for folder in sorted(args.runs_dir.glob("**/seed_*/*")):
@@ -188,7 +190,7 @@ def main(args):
         variant = folder.parent.parent.relative_to(args.runs_dir).as_posix()
         run = dict(variant=variant, game=folder.name, seed=int(seed))
         found = {"returns.csv": returns_of_run(folder, run["game"], run["seed"])}
-        for file, (table, _) in TRAINING.items():
+        for file, (table, _) in METRICS.items():
             if (folder / file).exists():
                 found[table] = thin(read_csv(folder / file))
         if (folder / "latent_dynamics.pt").exists():

@@ -9,6 +9,7 @@ options: `<!-- table: laptop_plain offline -->` and `<!-- end -->`. Kinds and th
     online STEP ...     returns at these steps, by seed (at the nearest point within a fifth)
     stages STEP ...     probe of stage 1 at these updates; FDM and latent policy at their ends
     variants LABELS ... all variants at the end of stages 1, 2 and 3, by seed
+    pairs               pairs of directions that a linear probe of z tells apart, by seed
     summary LABELS ...  LAPO, its best control and its ceiling, mean and std over seeds
 Those of continuous_control: continuous_control/plot_results.py.
 
@@ -225,6 +226,18 @@ def variants(folder, *labels):
     return [*header, *[f"return, {count} labels" for count in labels]], lines
 
 
+def pairs(folder):
+    """A row for each game and variant: accuracy of a probe of z for each pair of directions."""
+    rows = plot_figures.read_table(folder / "action_pairs.csv")
+    names = list(dict.fromkeys(row["actions"] for row in rows))
+    lines = []
+    for game, variant in dict.fromkeys((row["game"], row["variant"]) for row in rows):
+        chosen = select(rows, game=game, variant=variant)
+        cells = [by_seed(last_values(select(chosen, actions=name), "accuracy")) for name in names]
+        lines.append([f"{game}, {variant}", *cells])
+    return ["accuracy of a probe of z, by seed", *names], lines
+
+
 def summary(folder, *labels):
     """The front table: LAPO and, with the most labels, the best of its controls. The header has the
     number of seeds, and a cell has it where it differs.
@@ -350,6 +363,7 @@ KINDS = dict(
     online=online,
     stages=stages,
     variants=variants,
+    pairs=pairs,
     summary=summary,
 )
 

@@ -8,7 +8,7 @@ from conftest import ROOT, PaysForActions, fails, load, run
 from PIL import Image
 
 import decode_offline
-from extras import demo_table, pack, play_latents, rollouts, side_by_side
+from extras import action_pairs, demo_table, pack, play_latents, rollouts, side_by_side, summarize
 
 
 def test_packed_files_are_a_smaller_run(root, monkeypatch):
@@ -143,3 +143,39 @@ def test_the_shipped_weights_play():
     for _ in range(3):
         status = world.press("p")["status"]
     assert status.startswith("step 3, return") and "true action: " in status
+
+
+def test_pairs_of_directions_that_latents_confuse_are_found():
+    names = [common.ACTIONS.index(name) for name in action_pairs.DIRECTIONS]
+    left, right, up, down = names
+    actions = np.random.default_rng(1).choice(names, 4000)
+    # forwards along a corridor is up or right, backwards down or left
+    forwards = np.isin(actions, [up, right])
+    z = np.random.default_rng(2).normal(0, 0.1, (4000, 3)) + forwards[:, None]
+    accuracy = {row["actions"]: row["accuracy"] for row in action_pairs.probe_pairs(z, actions)}
+    for pair in ("left, right", "up, down", "left, up", "right, down"):
+        assert accuracy[pair] == 1
+    for pair in ("left, down", "right, up"):
+        assert 0.4 < accuracy[pair] < 0.6
+    assert 0.4 < accuracy["all four"] < 0.6
+    only_left = np.full(4000, left)
+    assert "too few" in fails(action_pairs.probe_pairs, z, only_left)
+
+
+def test_action_pairs_reads_what_stage_1_wrote(root):
+    directions = [common.ACTIONS.index(name) for name in action_pairs.DIRECTIONS]
+    paths = sorted((root / "data/maze/test").glob("labels*"))
+    for path in paths:  # the toy's actions 0 to 4 are not the game's directions
+        labels = load(path)
+        action = np.array([*directions, 4], np.uint8)[labels["action"]]
+        common.save_npz(path, labels["settings"], action=action, reward=labels["reward"])
+    args = action_pairs.Args("maze", data_dir=root / "data", runs_dir=root / "runs")
+    action_pairs.main(args)
+    rows = summarize.read_csv(root / "runs/maze/action_pairs.csv")
+    assert [row["actions"] for row in rows][-2:] == ["up, down", "all four"]
+    windows = [int(row["windows"]) for row in rows]
+    # each direction is in three of the six pairs
+    assert len(windows) == 7 and sum(windows[:6]) == 3 * windows[6] > 0
+    for path in paths:
+        path.unlink()
+    assert "has no labels" in fails(action_pairs.main, args)

@@ -108,6 +108,18 @@ def test_variants_have_their_last_metrics_and_mean_over_decoders(tmp_path):
     ]
 
 
+def test_pairs_of_directions_go_from_run_folders_to_a_table(tmp_path):
+    for seed, accuracy in ((1, 0.9), (2, 0.6)):
+        text = (
+            f'actions,accuracy,majority,windows\n"left, up",{accuracy},0.5,9\nall four,0.7,0.3,9\n'
+        )
+        write_csv(tmp_path / f"lapo/seed_{seed}/heist/action_pairs.csv", text)
+    summary(tmp_path, "action_pairs.csv")
+    header, rows = write_tables.pairs(tmp_path / "out")
+    assert header[1:] == ["left, up", "all four"]
+    assert rows == [["heist, lapo", "0.90, 0.60", "0.70 (each)"]]
+
+
 def test_claims_count_runs_and_take_the_papers_same_games(tmp_path, monkeypatch):
     returns = """
         lapo miner 1 random - - 0 quota
