@@ -60,6 +60,7 @@ demo-online: demo-offline
 	$(PY) decode_online_ppo.py $(call DEMO,runs) --env-steps 98_304 --hidden-lr-ramp 50_000 80_000 0.1 --log-every-steps 32_768 --eval-episodes 16
 demo-pictures: demo-stage-1
 	$(PY) visualize_latents.py $(call DEMO,runs) --points 2048 > demo/pictures.log 2>&1
+	$(PY) -m extras.rollouts $(call DEMO,runs) >> demo/pictures.log 2>&1
 demo-clone: demo-stage-2
 	$(PY) -m baselines.label_efficiency $(call DEMO,runs) --methods bc --labels 256 --decoder-seeds 2 --episodes 16 --labelled-steps 300 --clone-lr 1e-3 --capture-video > demo/clone.log 2>&1
 demo-untrained:

@@ -6,8 +6,7 @@ quantized latents take their place. Stage 1's CSV has the accuracy of a linear p
 
 reads   runs/<game>/latent_dynamics.pt, test/latents_NNN.npz,
         data/<game>/test/frames_NNN.npz and labels_NNN.npz, if there
-writes  runs/<game>/latents_metrics.npz, latents.png (map, and frames of the clusters' middles),
-        fdm.png (the FDM's predictions with the latents of each action)
+writes  runs/<game>/latents_metrics.npz, latents.png (map, and frames of the clusters' middles)
 
 paper scale   python visualize_latents.py --game bigfish
 on a CPU      python visualize_latents.py --game miner --points 2048
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import common  # before torch
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,9 +25,6 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from train_latent_dynamics import build_models, in_batches
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 ACTION_COLORS = np.array(  # in the order of common.ACTIONS
     "#3454d1 #17a2b8 #3aa655 #7b3fbf #a6a6a6 #c9a400 #e83fb8 #e0202c #f5821f "
@@ -95,7 +91,7 @@ def medoids(z_q, group):
     return rows
 
 
-# --- pictures. group [N]: the distinct true action of each latent, or its cluster -----------------
+# --- the map. group [N]: the distinct true action of each latent, or its cluster ------------------
 
 
 def plot_map(path, xy, group, names, title, windows, rows):
@@ -133,68 +129,6 @@ def plot_map(path, xy, group, names, title, windows, rows):
         ax.set_axis_off()
     right.suptitle("$o_t$ and $o_{t+1}$ in the middle of k-means clusters, largest first")
     common.save_figure(figure, path)
-
-
-def panels(images, titles, labels, title, inches=1.75):
-    """Figure of images [R, C, S, S, 3]; titles: of the first panels; labels: of the rows."""
-    rows, columns = images.shape[:2]
-    size = (inches * columns + 1.5, inches * rows + 1.5)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=size,
-        layout="constrained",
-        squeeze=False,
-    )
-    for place, ax in np.ndenumerate(axes):
-        ax.imshow(images[place], interpolation="nearest")
-        ax.set(xticks=[], yticks=[])
-    for ax, text in zip(axes.flat, titles):
-        ax.set_title(text, fontsize=13)
-    for ax, text in zip(axes[:, 0], labels):
-        ax.set_ylabel(text, fontsize=13)
-    figure.suptitle(title, fontsize=16)
-    return figure
-
-
-def plot_fdm(path, fdm, windows, z_q, group, names, title):
-    """One window of each of the four most frequent groups: o_t, o_{t+1}, the prediction with its
-    own latent, and the predictions with the medoids of up to six groups. Below: differences from
-    o_t, and from the mean of the latter predictions. windows uint8 (N, k + 2, S, S, 3), z_q (N, Z).
-    """
-    medoid = medoids(z_q.cpu().numpy(), group)
-    counts = np.bincount(group)
-    frequent = np.argsort(-counts, kind="stable")[:6]
-    frequent = [g for g in frequent if g in group]
-    change = windows[:, -1].float() - windows[:, -2]
-    change = change.square().mean((1, 2, 3)).cpu().numpy()  # [N]
-    rows = []
-    for g in frequent[:4]:  # a window in which much changes: the upper quartile of the group
-        members = np.flatnonzero(group == g)
-        by_change = members[np.argsort(change[members])]
-        rows.append(by_change[len(members) * 3 // 4])
-    past = windows[rows, :-1]
-    o_t = common.to_input(windows[rows, -2:-1])
-    o_next = common.to_input(windows[rows, -1:])
-    own = fdm(past, z_q[rows])
-    given = []
-    for g in frequent:
-        given.append(fdm(past, z_q[[medoid[g]] * len(rows)]))
-    given = torch.stack(given)  # (G, R, 3, S, S)
-    frames = torch.stack([o_t, o_next, own])  # (3, R, 3, S, S)
-    upper = torch.cat([frames, given])  # (3 + G, R, 3, S, S)
-    changes = 2 * (frames - o_t)
-    differences = 4 * (given - given.mean(0))
-    lower = torch.cat([changes, differences])
-    images = torch.stack([upper, lower], 2)  # (3 + G, R, 2, 3, S, S)
-    images = images.permute(1, 2, 0, 4, 5, 3)  # (R, 2, 3 + G, S, S, 3)
-    images = images.flatten(0, 1)
-    images = (images + 0.5).clamp(0, 1).cpu().numpy()
-    titles = ["$o_t$", "$o_{t+1}$", "FDM, own z", *(f"FDM, z of\n{names[g]}" for g in frequent)]
-    labels = []
-    for g in frequent[:4]:
-        labels += [names[g], "change"]
-    common.save_figure(panels(images, titles, labels, title), path)
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -260,12 +194,10 @@ def main(args):
     title = f"{args.game}: {len(rows):,} held-out latents by {kind} ({args.projection})"
     middles = list(medoids(z_q.cpu().numpy(), cluster).values())
     plot_map(run / "latents.png", xy, group, names, title, windows.cpu().numpy(), middles)
-    title = f"{args.game}: predictions with a typical latent of each {kind}\n"
-    title += "second rows: difference from $o_t$ (left), from the mean prediction (right)"
-    plot_fdm(run / "fdm.png", fdm, windows, z_q, group, names, title)
     for name, value in metrics.items():
         print(f"{name:36}{value:10.4g}")
-    print(f"in {run}: latents_metrics.npz, latents.png, fdm.png")
+    print(f"in {run}: latents_metrics.npz, latents.png")
+    common.print_next("-m extras.rollouts", args)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ return online, after {steps:20}{played:6.1f}  expert {offline["expert_return"]:.
 
 Look at the probe first: stage 1 never saw an action; does a linear map of its z predict the true
 one more often than that of an untrained IDM's z? Then at 256 labels, beside cloning them alone.
-{run / "decode_offline.gif"} shows the agent, {run / "latents.png"} its latent actions.""")
+{run / "decode_offline.gif"} shows the agent, {run / "latents.png"} its latent actions,
+{run / "film.gif"} what the FDM predicts from each.""")
 
 
 if __name__ == "__main__":

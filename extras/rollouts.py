@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from train_latent_dynamics import build_models
-from visualize_latents import find_clusters, medoids, panels
+from visualize_latents import find_clusters, medoids
 
 MAX_LATENTS = 4096  # that are clustered
 
@@ -86,6 +86,28 @@ def rollout(fdm, past, z_q, steps):
         frames.append(((predicted + 0.5) * 255).round().to(torch.uint8))  # as all frames it saw
         past = torch.cat([past[:, 1:], frames[-1][:, None]], 1)
     return torch.stack(frames, 1)
+
+
+def panels(images, titles, labels, title, inches=1.75):
+    """Figure of images [R, C, S, S, 3]; titles: of the first panels; labels: of the rows."""
+    rows, columns = images.shape[:2]
+    size = (inches * columns + 1.5, inches * rows + 1.5)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=size,
+        layout="constrained",
+        squeeze=False,
+    )
+    for place, ax in np.ndenumerate(axes):
+        ax.imshow(images[place], interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+    for ax, text in zip(axes.flat, titles):
+        ax.set_title(text, fontsize=13)
+    for ax, text in zip(axes[:, 0], labels):
+        ax.set_ylabel(text, fontsize=13)
+    figure.suptitle(title, fontsize=16)
+    return figure
 
 
 def plot_film(run, frames, names, title):
