@@ -752,16 +752,21 @@ class FrameStore:
         return self._gather(self.z, rows).float()
 
 
-def true_actions_to_report_on(store, rows):
-    """The true actions at rows of a FrameStore: int [n], those of equal effect merged, or float32
-    [n, A] if continuous. None if there are no label files. To report on latents, not to learn them.
-    """
+def true_actions(store, rows):
+    """The recorded actions at rows of a FrameStore: int [n], or float32 [n, A] if continuous."""
     missing = [path for path in store.paths if not labels_path(path).exists()]
-    if len(missing) == len(store.paths):
-        return None
     if missing:
-        fail(f"{len(missing)} of {len(store.paths)} shards in {store.folder} lack labels")
-    actions = np.concatenate([read_actions(path) for path in store.paths])[rows.numpy()]
+        fail(f"{len(missing)} of {len(store.paths)} shards in {store.folder} lack labels_NNN.npz")
+    return np.concatenate([read_actions(path) for path in store.paths])[rows.numpy()]
+
+
+def true_actions_to_report_on(store, rows):
+    """As true_actions(), but actions of equal effect are merged. None if there are no label files.
+    To report on latents, not to learn them.
+    """
+    if not any(labels_path(path).exists() for path in store.paths):
+        return None
+    actions = true_actions(store, rows)
     return actions if actions.dtype.kind == "f" else distinct_actions(store.game)[actions]
 
 

@@ -21,7 +21,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 TEST_FRAMES = 4096  # held-out frames on which decoders are judged
-LABELLED_SHARDS = 16  # at most; labelled rows come from shards all over the folder
 BLIND_POLICIES = 4  # the blind policy plays as many episodes as four decoders
 
 
@@ -151,23 +150,15 @@ def load_policy(run, game, device):
     return checkpoint, policy.requires_grad_(False)
 
 
-def labelled_shards(frames_dir):
-    """Paths of shards from all over the folder, whose rows can be labelled."""
-    paths = common.list_shards(frames_dir)
-    step = -(-len(paths) // LABELLED_SHARDS)
-    return paths[::step]
-
-
-def load_labelled(frames_dir, latents_dir, dynamics_id):
-    """z float32 (n, Z) and true actions int64 (n,) of all valid rows of labelled_shards()."""
-    z = []
-    actions = []
-    for path in labelled_shards(frames_dir):
-        shard_z, valid = common.read_latents(path, latents_dir, dynamics_id)
-        z.append(shard_z[valid])
-        actions.append(common.read_actions(path)[valid])
-    z = torch.from_numpy(np.concatenate(z)).float()
-    return z, torch.from_numpy(np.concatenate(actions)).long()
+def load_labelled(args, context, device, dynamics_id):
+    """Frames whose labels can be used: a FrameStore, its z_t (N, Z), its true actions int64 (N,)."""
+    train = common.FrameStore(args, "train", context, device, dynamics_id)
+    if len(train.rows) < max(args.labels):
+        common.fail(
+            f"{train.folder} has {len(train.rows)} labelled rows, fewer than {max(args.labels)}"
+        )
+    actions = common.true_actions(train, train.rows)
+    return train, train.z_at(train.rows), torch.from_numpy(actions).long()
 
 
 def draw_labels(num_rows, count, args, number):
@@ -182,9 +173,7 @@ def load_held_out(args, context, device, dynamics_id):
     """o_t uint8 (N, S, S, 3), z_t (N, Z) and distinct true actions int64 (N,) of test frames."""
     test = common.FrameStore(args, "test", context, device, dynamics_id)
     rows = test.draw(TEST_FRAMES)
-    actions = common.true_actions_to_report_on(test, rows)
-    if actions is None:
-        common.fail(f"{test.folder} lacks labels_NNN.npz, on which decoders are judged")
+    actions = common.distinct_actions(args.game)[common.true_actions(test, rows)]
     return test.frames_at(rows), test.z_at(rows), torch.from_numpy(actions).to(device)
 
 
@@ -232,7 +221,7 @@ def main(args):
     device = common.pick_device(args)
     common.check_game(args.game)
     torch.manual_seed(args.seed)
-    data, run = args.data_dir / args.game, args.runs_dir / args.game
+    run = args.runs_dir / args.game
     output = run / "decode_offline.npz"
     checkpoint, policy = load_policy(run, args.game, device)
     recording = checkpoint["recording"]
@@ -240,10 +229,9 @@ def main(args):
     common.lock(output)
 
     # --- data: labelled rows, and held-out frames
-    z, actions = load_labelled(data / "train", run / "train", dynamics_id)
-    if len(z) < max(args.labels):
-        common.fail(f"{data / 'train'} has {len(z)} labelled rows, fewer than {max(args.labels)}")
-    test_obs, test_z, test_actions = load_held_out(args, checkpoint["context"], device, dynamics_id)
+    context = checkpoint["context"]
+    _, z, actions = load_labelled(args, context, device, dynamics_id)
+    test_obs, test_z, test_actions = load_held_out(args, context, device, dynamics_id)
     print(
         f"stage 3, offline: {len(args.labels)} x {args.decoder_seeds} decoders of {args.game} on "
         f"{device}, {args.episodes} episodes each"

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from decode_offline import LatentPolicy, draw_labels, fit_decoders, judge, load_held_out
-from decode_offline import play
+from decode_offline import load_labelled, play
 from train_latent_dynamics import IDM, in_batches
 
 Method = Literal["bc", "vpt", "lapo_plus", "bc_all"]
@@ -69,42 +69,19 @@ def load_held_out_windows(checkpoint, args, device):
     return test.windows_at(test.draw(decode_offline.TEST_FRAMES))
 
 
-def load_windows(rows, checkpoint, args):
-    """uint8 (n, k + 2, S, S, 3): o_{t-k} .. o_{t+1} of rows int64 (n,) of load_labelled()."""
-    context = checkpoint["context"]
-    size = checkpoint["config"]["frame_size"]
-    windows = torch.zeros((len(rows), context + 2, size, size, 3), dtype=torch.uint8)
-    paths = decode_offline.labelled_shards(args.data_dir / args.game / "train")
-    read = functools.partial(common.read_shard, game=args.game, context=context)
-    start = 0
-    for shard in common.in_background(read, paths):
-        frames = torch.from_numpy(np.flatnonzero(shard.valid))  # rows start .. stop - 1
-        stop = start + len(frames)
-        here = (start <= rows) & (rows < stop)
-        o_t = frames[rows[here] - start]
-        obs = torch.from_numpy(shard.obs)
-        windows[here] = obs[o_t[:, None] + torch.arange(-context, 2)]
-        start = stop
-    return windows
-
-
-def load_labelled_windows(actions, checkpoint, args):
+def load_labelled_windows(train, actions, args):
     """Windows uint8 (n, k + 2, S, S, 3) and true actions (n,) for each number of labels and each
-    seed: of the rows that decode_offline.py draws, and in the order of its decoders. actions: those
-    of load_labelled().
+    seed: of the rows that decode_offline.py draws, and in the order of its decoders. train,
+    actions: of decode_offline.load_labelled().
     """
-    rows = []
+    of_seed = []  # 300 MB each, with 8,192 labels at 64x64
     for seed in range(args.decoder_seeds):
-        rows_of_seed = draw_labels(len(actions), max(args.labels), args, seed)
-        rows.append(rows_of_seed)
-    rows = torch.stack(rows)  # (D, N)
-    windows = load_windows(rows.flatten(), checkpoint, args)
-    windows = windows.unflatten(0, rows.shape)  # (D, N, k + 2, S, S, 3)
+        rows = draw_labels(len(actions), max(args.labels), args, seed)
+        of_seed.append((train.windows_at(train.rows[rows]), actions[rows]))
     labelled = []
     for count in args.labels:
-        for seed in range(args.decoder_seeds):
-            # more labels contain the fewer ones, which come first
-            labelled.append((windows[seed, :count], actions[rows[seed, :count]]))
+        for windows, targets in of_seed:  # more labels contain the fewer ones, which come first
+            labelled.append((windows[:count], targets[:count]))
     return labelled
 
 
@@ -266,7 +243,7 @@ def print_table(results, args, recording):
 def main(args):
     device = common.pick_device(args)
     common.check_game(args.game)
-    data, run = args.data_dir / args.game, args.runs_dir / args.game
+    run = args.runs_dir / args.game
     checkpoint = common.load_checkpoint(run / "latent_policy.pt", "latent_policy", args.game)
     recording = checkpoint["recording"]
     context = checkpoint["context"]
@@ -276,11 +253,9 @@ def main(args):
         common.lock(output)
 
     # --- data: labelled rows, and held-out frames
-    z, actions = decode_offline.load_labelled(data / "train", run / "train", dynamics_id)
-    if len(z) < max(args.labels):
-        common.fail(f"{data / 'train'} has {len(z)} labelled rows, fewer than {max(args.labels)}")
-    if {"bc", "vpt"} & set(args.methods):  # 300 MB for each seed, with 8,192 labels at 64x64
-        labelled = load_labelled_windows(actions, checkpoint, args)
+    train_frames, z, actions = load_labelled(args, context, device, dynamics_id)
+    if {"bc", "vpt"} & set(args.methods):
+        labelled = load_labelled_windows(train_frames, actions, args)
     test_obs, test_z, test_actions = load_held_out(args, context, device, dynamics_id)
 
     all_results = {}

@@ -218,8 +218,7 @@ def true_actions(work, split):
 
 def load_labelled(work):
     """All labelled rows, as decode_offline.py loads them."""
-    folders = (work / "data" / GAME / "train", work / "runs" / GAME / "train")
-    return decode_offline.load_labelled(*folders, "abc")
+    return decode_offline.load_labelled(efficiency_args(work), 1, CPU, "abc")
 
 
 @pytest.fixture
@@ -279,9 +278,9 @@ def test_training_on_labelled_rows_pairs_networks_inputs_and_actions():
 
 
 def test_labelled_windows_are_of_the_rows_that_decoders_have_labels_of(work):
-    z, actions = load_labelled(work)
+    train, z, actions = load_labelled(work)
     args = efficiency_args(work)
-    labelled = efficiency.load_labelled_windows(actions, load_policy(work), args)
+    labelled = efficiency.load_labelled_windows(train, actions, args)
     labels = true_actions(work, "train")
     order = [(4, 0), (4, 1), (16, 0), (16, 1)]  # as fit_decoders()
     for (count, seed), (windows, target) in zip(order, labelled, strict=True):
@@ -292,8 +291,6 @@ def test_labelled_windows_are_of_the_rows_that_decoders_have_labels_of(work):
         assert shown(windows[:, 0]) == [(shard, row - 1) for shard, row in places]
         assert shown(windows[:, 2]) == [(shard, row + 1) for shard, row in places]
         assert target.tolist() == [labels[place] for place in places]
-    every_row = efficiency.load_windows(torch.arange(len(z)), load_policy(work), args)
-    assert shown(every_row[:, 1]) == [tuple(place) for place in z.int().tolist()]
 
 
 def test_held_out_windows_are_around_the_held_out_frames(work):
@@ -308,8 +305,8 @@ def test_bc_and_the_idms_learn_from_the_labelled_rows(work, fake_train):
     """Network d: minibatches of its own rows, o_t for policies and windows for IDMs."""
     args = efficiency_args(work, labelled_steps=5)
     checkpoint = load_policy(work)
-    _, actions = load_labelled(work)
-    labelled = efficiency.load_labelled_windows(actions, checkpoint, args)
+    train, _, actions = load_labelled(work)
+    labelled = efficiency.load_labelled_windows(train, actions, args)
     idms = new_idms(4)
     efficiency.train_bc(new_policies(4), labelled, checkpoint, args, CPU)
     efficiency.train_vpt(new_policies(4), idms, labelled, checkpoint, args, CPU)
@@ -500,7 +497,7 @@ def test_impossible_runs_end_before_work(work):
     assert "has 184 labelled rows, fewer than 185" in error(labels=(185,))
     assert list(work.rglob("label_efficiency_*.npz")) == []
     (work / "data" / GAME / "test/labels_000.npz").unlink()
-    assert "lacks labels_NNN.npz" in error()
+    assert "lack labels_NNN.npz" in error()
     (work / "runs" / GAME / "latent_policy.pt").unlink()
     assert "train_latent_bc.py writes it" in error()
 

@@ -103,7 +103,7 @@ def test_each_decoder_plays_its_own_games(root, monkeypatch, capsys):
     assert "not one of Procgen's" in fails(run, offline, root, game="mygame")
     for path in root.glob("data/maze/test/labels_*.npz"):
         path.unlink()
-    assert "lacks labels" in fails(decode, root, monkeypatch)
+    assert "lack labels" in fails(decode, root, monkeypatch)
 
 
 def test_decoders_are_fitted_on_n_training_rows_and_judged_on_held_out_ones(
@@ -126,8 +126,8 @@ def test_decoders_are_fitted_on_n_training_rows_and_judged_on_held_out_ones(
 def test_labels_belong_to_their_latents(root):
     """The action at frame i goes with z_i; rows without a window have neither."""
     dynamics = load(root / "runs/maze/latent_policy.pt")["dynamics_id"]
-    folders = (root / "data/maze/train", root / "runs/maze/train")
-    z, actions = offline.load_labelled(*folders, dynamics)
+    args = offline.Args("maze", data_dir=root / "data", runs_dir=root / "runs", labels=(4,))
+    _, z, actions = offline.load_labelled(args, 1, torch.device("cpu"), dynamics)
     expected = []
     for shard in ("000.npz", "001.npz"):
         first = load(root / f"data/maze/train/frames_{shard}")["first"]
