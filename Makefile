@@ -45,8 +45,8 @@ DEMO_1 = --batch-size 64 --lr 1e-3 --multiplier 0.5 --fdm-width 8 --vq-decay 0.9
 DEMO_2 = --grad-steps 2500 --lr 1e-3 --multiplier 1 --warmup-steps 100 --standardize --eval-every 1000
 demo $(DEMO_TASKS): export OMP_NUM_THREADS = 1
 demo: .venv/installed
-	@mkdir -p demo
-	$(PY) collect_data.py $(call DEMO,runs) --solver --plain --frame-size 32 --train-frames 131_072 --test-frames 16_384 --random-frames 16_384 --overwrite
+	rm -rf demo && mkdir demo
+	$(PY) collect_data.py $(call DEMO,runs) --solver --plain --frame-size 32 --train-frames 131_072 --test-frames 16_384 --random-frames 16_384
 	@echo "LAPO and its controls, two tasks at a time; those of the controls write to demo/*.log"
 	$(MAKE) --no-print-directory -j2 $(DEMO_TASKS)
 	$(PY) -m extras.demo_table $(call DEMO,runs)

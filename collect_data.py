@@ -37,8 +37,6 @@ EPISODES_PER_GAME = 4  # for the mean returns of expert and random policy
 class Args(common.RunArgs):
     resume: bool = False
     """Continue the run that was stopped, or start one if there is none."""
-    overwrite: bool = False
-    """Replace frames that are there."""
     experts_dir: Path = Path("experts")
     """If <experts-dir>/<game>.pt exists, it is recorded; otherwise it is trained first. One that
     was trained with --plain can play while default pictures are recorded."""
@@ -363,7 +361,7 @@ def record(args, recording, act, reads_plain, num_frames, folder):
     shards = play_shards(args, recording, act, reads_plain, num_frames, folder.name)
     shard_frames = args.num_envs * args.rollout_steps
     bar = common.progress_bar(num_frames, "frame", folder.name)
-    with common.new_folder(folder, args.overwrite) as part:
+    with common.new_folder(folder) as part:
 
         def save(numbered_shard):
             number, (frames, labels) = numbered_shard
@@ -377,7 +375,7 @@ def record(args, recording, act, reads_plain, num_frames, folder):
 
 
 def splits_to_record(args, settings):
-    """{split: recording} of splits that are not there, or that --overwrite replaces."""
+    """{split: recording} of the splits that are not there yet."""
     sizes = dict(train=args.train_frames, test=args.test_frames, random=args.random_frames)
     splits = {}
     for split, num_frames in sizes.items():
@@ -392,16 +390,14 @@ def splits_to_record(args, settings):
             num_frames=num_frames,
         )
         folder = args.data_dir / args.game / split
-        if args.overwrite or not folder.exists():
+        if not folder.exists():
             splits[split] = recording
             continue
         _, _, found = common.read_frames(common.list_shards(folder)[0], args.game)
         for name, value in recording.items():
             if found.get(name) != value:
                 differs = f"{name} {found.get(name)}, not {value}"
-                common.fail(f"{folder} was recorded with {differs}; --overwrite replaces it")
-        if not args.resume:
-            common.fail(f"{folder} is there already; --overwrite replaces it")
+                common.fail(f"{folder} was recorded with {differs}; remove it to record it again")
         print(f"{split}: {folder} is complete")
     return splits
 

@@ -127,7 +127,7 @@ class RunArgs:
 
 MAY_BE_0 = "seed context num_levels train_frames test_frames random_frames grad_steps warmup_steps "
 MAY_BE_0 += "supervised_steps"  # of continuous_control
-MAY_CHANGE = "resume device compile overwrite capture_video"  # when a run goes on, like folders
+MAY_CHANGE = "resume device compile capture_video"  # when a run goes on, like folders
 
 
 def check_flags(args):
@@ -422,37 +422,19 @@ def atomic_write(path):
 
 
 @contextlib.contextmanager
-def new_folder(folder, overwrite):
-    """Yields <folder>.part, which takes the place of `folder` if the block ends without error.
-    Until then, the old folder stays as it is. A second run that writes the same folder exits.
+def new_folder(folder):
+    """Yields <folder>.part, which becomes `folder` if the block ends without error. A folder that
+    is there is never replaced. A second run that writes the same folder exits.
     """
-    folder = folder.resolve()  # a link stays a link: what it points to is replaced
+    folder = folder.resolve()  # a link may point to a folder that does not exist yet
     lock(folder)
-    part = folder.with_name(f"{folder.name}.part")
-    complete = folder.with_name(f"{folder.name}.complete")
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and folder.exists():  # of a run that was killed after the swap
-        shutil.rmtree(old)
-    elif old.exists() and not complete.exists():  # before it
-        old.rename(folder)
-    if complete.exists():
-        fail(f"{complete} is a finished recording that is not in its place; rename or remove it")
     if folder.exists():
-        if not overwrite:
-            fail(f"{folder} is there already; --overwrite replaces it")
-        try:  # now, not after hours of recording
-            folder.rename(old)
-            old.rename(folder)
-        except OSError as error:
-            fail(f"{folder} cannot be replaced ({error.strerror}: a mount?); see --data-dir")
+        fail(f"{folder} is there already; remove it, or choose another --data-dir")
+    part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # incomplete, of a run that was killed
     part.mkdir()
     yield part
-    part.rename(complete)
-    if folder.exists():
-        folder.rename(old)
-    complete.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    part.rename(folder)
 
 
 @contextlib.contextmanager

@@ -54,8 +54,6 @@ class Args:
     """Train the expert, record nothing."""
     resume: bool = False
     """Continue the expert's training that was stopped; its environments start new episodes."""
-    overwrite: bool = False
-    """Replace frames that are there."""
 
     action_repeat: Literal[1, 2, 4] = 4
     """Steps of the suite for each action and frame; the paper's is unknown. With 1 (0.01 s), an
@@ -439,7 +437,7 @@ def record_shard(shard, folder, recording, policy):
     return reward.sum(1)
 
 
-def record(recording, policy, num_episodes, folder, overwrite):
+def record(recording, policy, num_episodes, folder):
     """Records whole episodes, EPISODES_PER_SHARD in a shard, a shard on each core; the files do not
     depend on the number of cores. The folder appears when complete.
     """
@@ -447,7 +445,7 @@ def record(recording, policy, num_episodes, folder, overwrite):
     shards = [(i, min(EPISODES_PER_SHARD, num_episodes - x)) for i, x in enumerate(starts)]
     bar = common.progress_bar(num_episodes, "episode", folder.name)
     returns = []
-    with common.new_folder(folder, overwrite) as part:
+    with common.new_folder(folder) as part:
         # the workers of a DataLoader record; on one core, this process does
         arguments = dict(folder=part, recording=recording, policy=policy)
         options = dict(collate_fn=functools.partial(record_shard, **arguments))
@@ -467,8 +465,8 @@ def main(args):
     sizes = dict(train=args.train_episodes, test=args.test_episodes, random=args.random_episodes)
     folders = {split: args.data_dir / args.game / split for split in sizes}
     for folder in folders.values():
-        if folder.exists() and not args.overwrite and not args.expert_only:
-            common.fail(f"{folder} is there already; --overwrite replaces it")
+        if folder.exists() and not args.expert_only:
+            common.fail(f"{folder} is there already; remove it, or choose another --data-dir")
     pick_renderer()
     torch.manual_seed(args.seed)
     recording = dict(
@@ -508,7 +506,7 @@ def main(args):
     )
     for split, folder in folders.items():
         player = None if split == "random" else policy
-        record(recording | dict(split=split), player, sizes[split], folder, args.overwrite)
+        record(recording | dict(split=split), player, sizes[split], folder)
     common.print_next("train_latent_dynamics.py", args, "--no-vq")
 
 

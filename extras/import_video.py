@@ -40,8 +40,6 @@ class Args:
     episode."""
     test_fraction: float = 0.1
     """Of the frames, the last ones; held out. Cut off a still card at the end of a clip first."""
-    overwrite: bool = False
-    """Replace frames that are there."""
 
     def __post_init__(self):
         common.check_flags(self)
@@ -144,8 +142,8 @@ def main(args):
 
     data = args.data_dir / args.name
     with (
-        common.new_folder(data / "train", args.overwrite) as train,
-        common.new_folder(data / "test", args.overwrite) as test,
+        common.new_folder(data / "train") as train,
+        common.new_folder(data / "test") as test,
     ):
         # --- read all files
         parts = []

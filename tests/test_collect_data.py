@@ -181,12 +181,11 @@ def contents(root):
     return {p.relative_to(root): p.read_bytes() for p in (root / "data").rglob("*.npz")}
 
 
-def test_frames_that_are_there_are_not_replaced_unless_asked(recorded, tmp_path):
+def test_frames_that_are_there_are_not_replaced(recorded, tmp_path):
     before = contents(recorded)
-    assert "--overwrite" in fails(run, collect_data, recorded)
-    run(collect_data, recorded, resume=True)  # complete: nothing to do
-    assert "with seed 1, not 2" in fails(run, collect_data, recorded, resume=True, seed=2)
-    other = fails(run, collect_data, recorded, resume=True, train_frames=999)
+    run(collect_data, recorded)  # complete: nothing to do
+    assert "with seed 1, not 2" in fails(run, collect_data, recorded, seed=2)
+    other = fails(run, collect_data, recorded, train_frames=999)
     assert "with num_frames 200, not 999" in other
     assert before == contents(recorded)
     part = tmp_path / "data/bigfish/train.part"
@@ -200,7 +199,9 @@ def test_frames_that_are_there_are_not_replaced_unless_asked(recorded, tmp_path)
     assert before == contents(tmp_path)
 
 
-def test_an_expert_of_other_games_and_impossible_flags_are_refused(recorded):
+def test_an_expert_of_other_games_and_impossible_flags_are_refused(recorded, tmp_path):
+    work = tmp_path
+    (work / "experts").symlink_to(recorded / "experts")
     for words, flags in {
         "frame_size 16, not 32": dict(frame_size=32),  # the expert's
         "num_levels 0, not 4": dict(num_levels=4),
@@ -208,7 +209,7 @@ def test_an_expert_of_other_games_and_impossible_flags_are_refused(recorded):
         "--minibatches": dict(minibatches=500),
         "--solver plays maze, heist, miner": dict(solver=True, game="coinrun"),
     }.items():
-        assert words in fails(run, collect_data, recorded, overwrite=True, **flags)
+        assert words in fails(run, collect_data, work, **flags)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import csv
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +26,9 @@ SIZES = dict(train_episodes=3, test_episodes=2, random_episodes=2, frame_size=16
 EXPERT = dict(expert_steps=64, num_envs=2, rollout_steps=16, minibatches=2, epochs=1, hidden=8)
 
 
-def collect(root, **flags):
+def collect(root, again=False, **flags):
+    if again:
+        shutil.rmtree(root / f"data/{GAME}")
     flags = dict(game=GAME, data_dir=root / "data", experts_dir=root / "experts") | SIZES | flags
     collect_dmc.main(collect_dmc.Args(**EXPERT | flags))
 
@@ -176,15 +179,15 @@ def test_noise_is_added_to_the_mean_action_before_it_is_clipped(root, tmp_path, 
     expected = (mean + noisy["noise"][starts]).clip(-1, 1)
     np.testing.assert_allclose(noisy["action"][starts], expected, atol=1e-6)
     assert 0.3 < noisy["noise"].std() < 0.5  # 0.4, the default
-    collect(tmp_path, train_episodes=1, noise=0.0, overwrite=True)
+    collect(tmp_path, train_episodes=1, noise=0.0, again=True)
     silent, _ = read(tmp_path, "test")
     np.testing.assert_allclose(silent["action"][starts], mean.clip(-1, 1), atol=1e-6)
     assert not silent["noise"].any()
-    collect(tmp_path, train_episodes=1, noise=0.0, mean_action=False, overwrite=True)
+    collect(tmp_path, train_episodes=1, noise=0.0, mean_action=False, again=True)
     sampled, _ = read(tmp_path, "test")
     std = policy.log_std.exp().mean().item()
     assert sampled["noise"].std() == pytest.approx(std, rel=0.2)
-    collect(tmp_path, train_episodes=1, noise=2.0, overwrite=True)
+    collect(tmp_path, train_episodes=1, noise=2.0, again=True)
     loud, _ = read(tmp_path, "test")
     assert 1.6 < loud["noise"].std() < 2.4 and abs(loud["action"]).max() == 1
     random, _ = read(root, "random")
@@ -655,7 +658,7 @@ def test_latents_are_pushed_along_their_principal_directions():
 
 def test_what_users_do_wrong_gives_one_line(root, tmp_path, monkeypatch):
     before = read(root, "train")[0]
-    assert "--overwrite replaces it" in fails(collect, root)
+    assert "is there already; remove it" in fails(collect, root)
     assert np.array_equal(before["obs"], read(root, "train")[0]["obs"])
     assert "--train-episodes 0" in fails(collect, tmp_path, train_episodes=0)
     few = dict(num_envs=2, rollout_steps=2, minibatches=4)

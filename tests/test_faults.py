@@ -21,24 +21,23 @@ import train_latent_bc as stage2
 import train_latent_dynamics as stage1
 
 
-# --- folders that are replaced --------------------------------------------------------------------
+# --- folders that are there are never replaced ----------------------------------------------------
 
 
-def write(folder, overwrite=True, content="new"):
-    with common.new_folder(folder, overwrite) as part:
-        (part / "x").write_text(content)
+def write(folder):
+    with common.new_folder(folder) as part:
+        (part / "x").write_text("new")
 
 
-def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path):
+def test_a_folder_that_is_there_stays_as_it_is(tmp_path):
     big = tmp_path / "disk/big"
     big.mkdir(parents=True)
     (big / "x").write_text("old")
     link = tmp_path / "train"
     link.symlink_to(big)
-    assert "--overwrite replaces it" in fails(write, link, overwrite=False)
-    write(link)
-    assert link.is_symlink() and (big / "x").read_text() == "new"
-    assert sorted(path.name for path in big.parent.iterdir()) == [".big.lock", "big"]
+    for folder in (big, link):
+        assert "is there already; remove it" in fails(write, folder)
+    assert link.is_symlink() and (big / "x").read_text() == "old"
 
 
 def test_a_link_to_nothing_is_followed(tmp_path):
@@ -48,67 +47,14 @@ def test_a_link_to_nothing_is_followed(tmp_path):
     assert (tmp_path / "disk/not/there/yet/x").read_text() == "new"
 
 
-def test_a_folder_that_cannot_be_replaced_is_found_out_before_recording(tmp_path, monkeypatch):
-    """As of a mount point: it cannot be renamed."""
+def test_a_folder_appears_when_it_is_complete(tmp_path):
     folder = tmp_path / "train"
-    write(folder, content="old")
-
-    def busy(self, target):
-        raise OSError(errno.EBUSY, "Device or resource busy")
-
-    monkeypatch.setattr(Path, "rename", busy)
-    recorded = []
-
-    def record():
-        with common.new_folder(folder, True):
-            recorded.append("frames")
-
-    assert "cannot be replaced" in fails(record)
-    assert recorded == [] and (folder / "x").read_text() == "old"
-
-
-def test_a_finished_recording_that_is_not_in_its_place_is_never_removed(tmp_path, monkeypatch):
-    folder = tmp_path / "train"
-    write(folder, content="old")
-    rename = Path.rename
-
-    def fail_at_the_swap(self, target):
-        if self.name == "train.complete":
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_at_the_swap)
-    with pytest.raises(OSError):
-        write(folder)
-    monkeypatch.undo()
-    for _ in range(2):
-        assert "train.complete is a finished recording" in fails(write, folder)
-    assert (tmp_path / "train.complete/x").read_text() == "new"
-    assert (tmp_path / ".train.old/x").read_text() == "old"
-
-
-def test_a_kill_during_the_swap_costs_neither_recording(tmp_path):
-    folder = tmp_path / "train"
-    write(folder, content="new")
-    old = tmp_path / ".train.old"
-    old.mkdir()  # killed while the old one was being deleted
-    write(folder, content="newer")
-    assert (folder / "x").read_text() == "newer" and not old.exists()
-    folder.rename(old)  # killed within the trial swap: the old one is the only one
-    assert "--overwrite" in fails(write, folder, overwrite=False)
-    assert (folder / "x").read_text() == "newer" and not old.exists()
-    backup = tmp_path / "train.old"  # a folder of the user's
-    backup.mkdir()
-    write(folder)
-    assert backup.exists()
-
-
-def test_a_recording_that_fails_leaves_the_old_one(tmp_path):
-    folder = tmp_path / "train"
-    write(folder, content="old")
-    with pytest.raises(ZeroDivisionError), common.new_folder(folder, True):
+    with pytest.raises(ZeroDivisionError), common.new_folder(folder) as part:
+        (part / "y").write_text("half")
         1 / 0
-    assert (folder / "x").read_text() == "old"
+    assert not folder.exists()
+    write(folder)
+    assert [path.name for path in folder.iterdir()] == ["x"]
 
 
 # --- two runs, one file ---------------------------------------------------------------------------

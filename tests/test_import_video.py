@@ -1,5 +1,6 @@
 """Videos and the official code's recordings become frames that stages 1 and 2 take."""
 
+import shutil
 import struct
 
 import av
@@ -60,6 +61,8 @@ def replace(path, old, new):
 
 def convert(tmp_path, *files, **flags):
     """The content of the files that it makes: [train's, test's], each frames first, then labels."""
+    if flags.pop("again", False):
+        shutil.rmtree(tmp_path / "data")
     flags = dict(name="clip", data_dir=tmp_path / "data", frame_size=16) | flags
     import_video.main(import_video.Args(files=files, **flags))
     folders = [tmp_path / "data" / flags["name"] / split for split in ("train", "test")]
@@ -109,7 +112,7 @@ def test_rotation_in_the_metadata_is_applied(tmp_path):
     # the matrix of a phone that is held upright: display turns 90 degrees clockwise
     matrix = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
     replace(clip, clip.read_bytes().index(b"tkhd") + 44, matrix)
-    obs = all_frames(tmp_path, clip, test_fraction=0.3, overwrite=True)
+    obs = all_frames(tmp_path, clip, test_fraction=0.3, again=True)
     assert np.array_equal(obs, np.rot90(upright, -1, axes=(1, 2)))
     assert not np.array_equal(obs, upright)
 
@@ -127,7 +130,7 @@ def test_frames_before_a_bad_packet_are_kept(tmp_path, capsys, bad):
     other = write_video(tmp_path / "other.mp4", animation()[:10])
     position, size = packets(clip)[bad]
     replace(clip, position, bytes(size))
-    (train,), (test,) = convert(tmp_path, clip, other, overwrite=True)
+    (train,), (test,) = convert(tmp_path, clip, other, again=True)
     obs = np.concatenate([train["obs"], test["obs"]])
     kept = bad % 80
     assert len(obs) == kept + 10 and np.array_equal(obs[:kept], whole[:kept])
@@ -159,7 +162,7 @@ def test_frames_that_stand_still_give_a_warning(tmp_path, capsys):
     all_frames(tmp_path, write_video(tmp_path / "clip.mp4", moving))
     assert "warning" not in capsys.readouterr().out
     still = np.concatenate([moving, moving[-1:].repeat(40, 0)])
-    all_frames(tmp_path, write_video(tmp_path / "clip.mp4", still), overwrite=True)
+    all_frames(tmp_path, write_video(tmp_path / "clip.mp4", still), again=True)
     assert "of test repeats the frame before" in capsys.readouterr().out
 
 
@@ -276,9 +279,9 @@ def test_what_users_do_wrong_gives_one_line_and_keeps_what_was_there(tmp_path):
     np.savez(tmp_path / "chunk.npz", **arrays | dict(ta=np.zeros(3)))
     assert "labels of other lengths" in fails(convert, tmp_path, tmp_path / "chunk.npz")
     before = all_frames(tmp_path, clip)
-    assert "--overwrite replaces it" in fails(convert, tmp_path, clip, stride=2)
-    assert "gives 2 frame(s)" in fails(convert, tmp_path, clip, stride=40, overwrite=True)
-    assert "fewer than 3" in fails(convert, tmp_path, clip, stride=8, overwrite=True)
+    assert "is there already; remove it" in fails(convert, tmp_path, clip, stride=2)
+    assert "gives 2 frame(s)" in fails(convert, tmp_path, clip, stride=40, name="short")
+    assert "fewer than 3" in fails(convert, tmp_path, clip, stride=8, name="short")
     (tmp_path / "data/other").mkdir()
     with FileLock(tmp_path / "data/other/.train.lock"):  # as another run holds it
         assert "another run is writing" in fails(convert, tmp_path, clip, name="other")
