@@ -269,27 +269,23 @@ def train_expert(args, settings, device, path):
 
         # at the first update past each multiple of --log-every-steps: evaluate on whole episodes
         env_step = update * T * B
-        is_last = update == num_updates
-        if env_step % args.log_every_steps < T * B or is_last:
-            common.check_finite(env_step, run / "expert.pt", policy)
+        if env_step % args.log_every_steps < T * B or update == num_updates:
+            common.check_finite(env_step, path, policy)
             act = common.make_player(lambda obs: policy(obs)[0], device, eval_seed)
             metrics["eval_return"] = common.evaluation_returns(settings, act, args).mean()
             mean_return, episodes = common.pop_ended(envs)
             log.write(env_step=env_step, mean_return=mean_return, episodes=episodes, **metrics)
-            # only a finished expert goes to --experts-dir, where it is taken as it is
-            common.save_checkpoint(
-                path if is_last else run / "expert.pt",
-                kind="expert",
-                game=args.game,
-                env_step=env_step,
-                recording=settings,
-                multiplier=args.expert_multiplier,
-                policy={name: weight.half() for name, weight in policy.state_dict().items()},
-            )
             common.save_state(run / "expert_state.pt", args, env_step, resumable)
     log.bar.close()
-    if not path.exists():
-        common.fail(f"{path} is missing though the run is complete; leave out --resume")
+    common.save_checkpoint(
+        path,
+        kind="expert",
+        game=args.game,
+        env_step=num_updates * T * B,
+        recording=settings,
+        multiplier=args.expert_multiplier,
+        policy={name: weight.half() for name, weight in policy.state_dict().items()},
+    )
 
 
 def load_expert(args, settings, device):
@@ -359,7 +355,6 @@ def play_shards(args, recording, act, reads_plain, num_frames, split):
 def record(args, recording, act, reads_plain, num_frames, folder):
     """Records shards of frames and labels; the folder appears when it is complete."""
     shards = play_shards(args, recording, act, reads_plain, num_frames, folder.name)
-    shard_frames = args.num_envs * args.rollout_steps
     bar = common.progress_bar(num_frames, "frame", folder.name)
     with common.new_folder(folder) as part:
 
@@ -367,11 +362,12 @@ def record(args, recording, act, reads_plain, num_frames, folder):
             number, (frames, labels) = numbered_shard
             common.save_npz(part / f"frames_{number:03d}.npz", recording, **frames)
             common.save_npz(part / f"labels_{number:03d}.npz", recording, **labels)
+            return len(frames["first"])
 
-        for _ in common.in_background(save, enumerate(shards)):
-            bar.update(shard_frames)
+        for saved in common.in_background(save, enumerate(shards)):
+            bar.update(saved)
     bar.close()
-    print(f"{folder.name}: {num_frames:,} frames in {folder}")
+    print(f"{folder.name}: {bar.n:,} frames in {folder}")
 
 
 def splits_to_record(args, settings):

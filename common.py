@@ -357,8 +357,8 @@ def evaluation_returns(recording, act, args):
 
 
 def capture_video(path, recording, act, seed, max_steps=300):
-    """Writes an animation (GIF) of whole episodes in 2 x 4 games, the same for all agents; the last
-    frame of an episode stays.
+    """Writes an animation (GIF) of an episode in each of 2 x 4 games, cut after `max_steps`. The
+    games are the same for all agents; the last frame of an episode stays.
     """
     envs = ProcgenEnvs(recording, 8, derive_seed(seed, "video"))
     shown = envs.rendered.copy()  # (8, 64, 64, 3)
@@ -552,16 +552,16 @@ def read_frames(path, game):
 
 
 def read_latents(frames_path, latents_dir, dynamics_id):
-    """z float16 [N, Z] before quantization and valid bool [N] of one shard of frames. They must be
-    of these frames, and of the run of stage 1 with this id.
+    """z float16 [N, Z] of one shard, before quantization. The latents must be of these frames, and
+    of the run of stage 1 with this id.
     """
     path = latents_dir / frames_path.name.replace("frames", "latents")
-    latents = load_npz(path, ["z", "valid"])
+    latents = load_npz(path, ["z"])
     if latents["settings"].get("dynamics_id") != dynamics_id:
         fail(f"{path} is of another run of stage 1; repeat stage 1 (--resume), then stage 2")
     if latents["settings"].get("frames_id") != frames_id([frames_path]):
         fail(f"{path} was made from other frames than {frames_path}; repeat stage 1, then stage 2")
-    return latents["z"], latents["valid"]
+    return latents["z"]
 
 
 def labels_path(frames_path):
@@ -572,12 +572,9 @@ def read_actions(frames_path):
     """The true actions of one shard of frames: uint8 [N], or float32 [N, A] if continuous."""
     path = labels_path(frames_path)
     action = load_npz(path, ["action"])["action"]
-    first = load_npz(frames_path, ["first"])["first"]
-    continuous = action.dtype.kind == "f"
-    rows = action.shape[:-1] if continuous else action.shape
-    if rows != first.shape or not (continuous or np.isin(action, range(NUM_ACTIONS)).all()):
-        found = f"actions {action.dtype} {action.shape} for {len(first)} frames"
-        fail(f"{path} has {found}, not one of 0 .. {NUM_ACTIONS - 1} or A numbers for each")
+    num_frames = len(load_npz(frames_path, ["first"])["first"])
+    if len(action) != num_frames:
+        fail(f"{path} has {len(action)} actions for {num_frames} frames")
     return action
 
 
@@ -598,7 +595,7 @@ def read_shard(path, game, context, latents_dir=None, dynamics_id=None):
     valid = valid_windows(first, context)
     z = np.zeros((len(obs), 0), np.float16)
     if dynamics_id:
-        z, _ = read_latents(path, latents_dir, dynamics_id)
+        z = read_latents(path, latents_dir, dynamics_id)
     return Shard(path, obs, valid, z, recording)
 
 
@@ -783,14 +780,13 @@ def save_state(path, args, step, resumable, **values):
         states=states,
         values=values,
         rng=torch.get_rng_state(),
-        cuda_rng=torch.cuda.get_rng_state_all(),  # [] without a GPU
     )
 
 
 def load_state(path, args, resumable, made_from=None):
     """With --resume, restores {name: object with state_dict(), or torch.Generator}. Returns the
     step and the values that were saved; 0 and {} without --resume or a saved state. made_from: id
-    of what the run reads (stage 1: frames; stage 2: stage 1's weights), if save_state() has it.
+    of the frames or weights that the run reads, if save_state() has it.
     """
     if not args.resume or not Path(path).exists():
         return 0, {}
@@ -807,29 +803,21 @@ def load_state(path, args, resumable, made_from=None):
         restore = x.set_state if isinstance(x, torch.Generator) else x.load_state_dict
         restore(state["states"][name])
     torch.set_rng_state(state["rng"])
-    if len(state["cuda_rng"]) == torch.cuda.device_count():  # else another machine
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
     print(f"resume: {path} is at step {state['step']:,}")
     return state["step"], state["values"]
 
 
-class LogFile:
-    """stderr of a progress bar that is not on a screen: lines in place of carriage returns."""
-
-    def write(self, text):
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-    def flush(self):
-        sys.stderr.flush()
-
-
 def progress_bar(total, unit, description=None, initial=0):
-    """tqdm's bar: steps, rate and time left; in a log file a line every 20 seconds."""
-    options = dict(total=total, unit=unit, desc=description, initial=initial)
-    if sys.stderr.isatty():
-        return tqdm(**options, dynamic_ncols=True, mininterval=0.5)
-    return tqdm(**options, file=LogFile(), ncols=0, mininterval=20, miniters=1, delay=20)
+    """tqdm's bar: steps, rate and time left, every half second, in a log file every 20 seconds."""
+    return tqdm(
+        total=total,
+        unit=unit,
+        desc=description,
+        initial=initial,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 20,
+        miniters=1,
+    )
 
 
 class MetricsLog:

@@ -351,7 +351,7 @@ def fit_decoder(decoder, z, actions, args, generator):
 
 class OnlineDecoder:
     """The supervised half (SL): an ActionDecoder, and the transitions that it is fitted on. These
-    are all of the agent's own until its last fit, as the IDM labels them.
+    are all of the agent's own until --refit-stop, as the IDM labels them.
     """
 
     def __init__(self, idm, z_dim, args, device):
@@ -373,12 +373,8 @@ class OnlineDecoder:
     def learn(self, env_step, rollout, generator):
         """Labels the rollout that ended at env_step, and refits the decoder if it is due."""
         args = self.args
-        if args.method == "rl":
-            return
-        if env_step > args.refit_stop:  # the decoder stays as it is
+        if args.method == "rl" or env_step > args.refit_stop:  # the decoder stays as it is
             self.accuracy = float("nan")
-            self.z = self.z[:0].clone()  # releases the memory
-            self.actions = self.actions[:0].clone()
             return
         z, actions = label_transitions(
             self.idm, rollout["frames"], rollout["first"], rollout["actions"]

@@ -158,9 +158,9 @@ def test_shards_of_another_form_are_refused(tmp_path):
     common.save_npz(tmp_path / "maze/train" / path.name, **whole | change)  # the empty one, alone
     assert "bool [N > 0]" in fails(store_of, tmp_path)
     common.save_npz(path, **whole)
-    for action in ([0, 1, 2], [], [0, 1, 2, 15], [0, 1, 2, -1]):
+    for action in ([0, 1, 2], []):
         common.save_npz(tmp_path / "labels_000.npz", {}, action=np.array(action, np.int64))
-        assert "for 4 frames, not one of 0 .. 14" in fails(common.read_actions, path)
+        assert f"has {len(action)} actions for 4 frames" in fails(common.read_actions, path)
 
 
 @pytest.mark.parametrize("context", [0, 1, 3])
