@@ -151,7 +151,9 @@ def load_policy(run, game, device):
 
 
 def load_labelled(args, context, device, dynamics_id):
-    """Frames whose labels can be used: a FrameStore, its z_t (N, Z), its true actions int64 (N,)."""
+    """Frames whose labels can be used: a FrameStore, the z_t (N, Z) and true actions int64 (N,) of
+    what it has in memory.
+    """
     train = common.FrameStore(args, "train", context, device, dynamics_id)
     if len(train.rows) < max(args.labels):
         common.fail(
