@@ -807,17 +807,23 @@ def load_state(path, args, resumable, made_from=None):
     return state["step"], state["values"]
 
 
+class LogFile:
+    """stderr of a progress bar that is not on a screen: lines in place of carriage returns."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 def progress_bar(total, unit, description=None, initial=0):
-    """tqdm's bar: steps, rate and time left, every half second, in a log file every 20 seconds."""
-    return tqdm(
-        total=total,
-        unit=unit,
-        desc=description,
-        initial=initial,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 20,
-        miniters=1,
-    )
+    """tqdm's bar: steps, rate and time left; in a log file a line every 20 seconds."""
+    options = dict(total=total, unit=unit, desc=description, initial=initial)
+    if sys.stderr.isatty():
+        return tqdm(**options, dynamic_ncols=True, mininterval=0.5)
+    return tqdm(**options, file=LogFile(), ncols=0, mininterval=20, miniters=1, delay=20)
 
 
 class MetricsLog:

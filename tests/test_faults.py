@@ -296,7 +296,7 @@ def test_a_log_file_has_its_rows_while_the_run_goes_on(tmp_path):
         child.send_signal(signal.SIGINT)
         assert child.wait() == 1
     text = log.read_text()
-    assert "grad_step 1  loss 0.5\n" in text
+    assert "grad_step 1  loss 0.5\n" in text and "\r" not in text
     assert text.endswith("error: stopped\n")
 
 
