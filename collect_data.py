@@ -394,6 +394,8 @@ def splits_to_record(args, settings):
             if found.get(name) != value:
                 differs = f"{name} {found.get(name)}, not {value}"
                 common.fail(f"{folder} was recorded with {differs}; remove it to record it again")
+        if not args.resume:  # it may be another expert's
+            common.fail(f"{folder} is there already; remove it, or --resume to keep it")
         print(f"{split}: {folder} is complete")
     return splits
 

@@ -157,7 +157,7 @@ def load_labelled(args, context, device, dynamics_id):
     train = common.FrameStore(args, "train", context, device, dynamics_id)
     if len(train.rows) < max(args.labels):
         common.fail(
-            f"{train.folder} has {len(train.rows)} labelled rows, fewer than {max(args.labels)}"
+            f"{train.folder} has {len(train.rows)} labelled rows in memory, fewer than {max(args.labels)}"
         )
     actions = common.true_actions(train, train.rows)
     return train, train.z_at(train.rows), torch.from_numpy(actions).long()

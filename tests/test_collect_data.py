@@ -183,9 +183,10 @@ def contents(root):
 
 def test_frames_that_are_there_are_not_replaced(recorded, tmp_path):
     before = contents(recorded)
-    run(collect_data, recorded)  # complete: nothing to do
-    assert "with seed 1, not 2" in fails(run, collect_data, recorded, seed=2)
-    other = fails(run, collect_data, recorded, train_frames=999)
+    assert "is there already" in fails(run, collect_data, recorded)
+    run(collect_data, recorded, resume=True)  # complete: nothing to do
+    assert "with seed 1, not 2" in fails(run, collect_data, recorded, resume=True, seed=2)
+    other = fails(run, collect_data, recorded, resume=True, train_frames=999)
     assert "with num_frames 200, not 999" in other
     assert before == contents(recorded)
     part = tmp_path / "data/bigfish/train.part"
