@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from experts.solvers import Solver
+from experts.solvers import RANDOM_ACTIONS, Solver
 
 EPISODES_PER_GAME = 4  # for the mean returns of expert and random policy
 
@@ -382,6 +382,7 @@ def splits_to_record(args, settings):
             split=split,
             seed=args.seed,
             solver=args.solver,
+            random_actions=RANDOM_ACTIONS.get(args.game) if args.solver else None,
             random_play=args.random_play,
             num_frames=num_frames,
         )

@@ -155,10 +155,9 @@ def load_labelled(args, context, device, dynamics_id):
     what it has in memory.
     """
     train = common.FrameStore(args, "train", context, device, dynamics_id)
-    if len(train.rows) < max(args.labels):
-        common.fail(
-            f"{train.folder} has {len(train.rows)} labelled rows in memory, fewer than {max(args.labels)}"
-        )
+    most = max(args.labels)
+    if len(train.rows) < most:
+        common.fail(f"{len(train.rows)} labelled rows of {train.folder} are in memory, not {most}")
     actions = common.true_actions(train, train.rows)
     return train, train.z_at(train.rows), torch.from_numpy(actions).long()
 
@@ -232,7 +231,8 @@ def main(args):
 
     # --- data: labelled rows, and held-out frames
     context = checkpoint["context"]
-    _, z, actions = load_labelled(args, context, device, dynamics_id)
+    train, z, actions = load_labelled(args, context, device, dynamics_id)
+    del train  # its frames are not needed
     test_obs, test_z, test_actions = load_held_out(args, context, device, dynamics_id)
     print(
         f"stage 3, offline: {len(args.labels)} x {args.decoder_seeds} decoders of {args.game} on "

@@ -77,7 +77,8 @@ def load_labelled_windows(train, actions, args):
     of_seed = []  # 300 MB each, with 8,192 labels at 64x64
     for seed in range(args.decoder_seeds):
         rows = draw_labels(len(actions), max(args.labels), args, seed)
-        of_seed.append((train.windows_at(train.rows[rows]), actions[rows]))
+        windows = train.windows_at(train.rows[rows]).cpu()
+        of_seed.append((windows, actions[rows]))
     labelled = []
     for count in args.labels:
         for windows, targets in of_seed:  # more labels contain the fewer ones, which come first

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 import common
 
-# fractions; more of them help latents to depend on the action alone (docs/lessons.md, 5)
+# fractions; with more of them stage 1 found more on heist, plunder, bigfish (docs/lessons.md, 5)
 RANDOM_ACTIONS = dict(maze=0.1, heist=0.4, miner=0.1, plunder=0.5, bigfish=0.3)
 CELLS = dict(maze=15, heist=9, miner=10)  # N, in "easy" mode
 FAR = 999  # steps; what is out of reach

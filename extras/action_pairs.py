@@ -3,7 +3,7 @@
 A latent that says "forwards along the corridor" tells up from down and left from right, but not up
 from right: there it depends on the state, and a decoder that sees z alone cannot know the action
 (paper, 6.2). Probes are fitted on three quarters of the held-out windows and tested on the rest,
-which are of other episodes.
+which are of later games in the files: nearly all of other episodes.
 
 reads   runs/<game>/latent_dynamics.pt, test/latents_NNN.npz,
         data/<game>/test/frames_NNN.npz and labels_NNN.npz

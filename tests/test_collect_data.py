@@ -200,6 +200,15 @@ def test_frames_that_are_there_are_not_replaced(recorded, tmp_path):
     assert before == contents(tmp_path)
 
 
+def test_a_recording_with_other_random_actions_is_not_kept(tmp_path, no_evaluation, monkeypatch):
+    flags = dict(game="maze", solver=True, plain=True, train_frames=64)
+    run(collect_data, tmp_path, **flags)
+    run(collect_data, tmp_path, resume=True, **flags)
+    monkeypatch.setitem(collect_data.RANDOM_ACTIONS, "maze", 0.4)
+    message = fails(run, collect_data, tmp_path, resume=True, **flags)
+    assert "with random_actions 0.1, not 0.4; remove it" in message
+
+
 def test_an_expert_of_other_games_and_impossible_flags_are_refused(recorded, tmp_path):
     work = tmp_path
     (work / "experts").symlink_to(recorded / "experts")

@@ -98,7 +98,7 @@ def test_each_decoder_plays_its_own_games(root, monkeypatch, capsys):
     table = [(row[0], row[1], row[4]) for row in rows]  # labels, mean return, normalized
     assert table == [("4", "0.50", "0.05"), ("16", "2.50", "0.25")]
     assert (root / "runs/maze/decode_offline.png").read_bytes()[:4] == b"\x89PNG"
-    assert "224 labelled rows in memory" in fails(decode, root, monkeypatch, labels=(5000,))
+    assert "224 labelled rows" in fails(decode, root, monkeypatch, labels=(5000,))
     assert "--labels 0" in fails(decode, root, monkeypatch, labels=(0, 4))
     assert "not one of Procgen's" in fails(run, offline, root, game="mygame")
     for path in root.glob("data/maze/test/labels_*.npz"):

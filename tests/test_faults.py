@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -293,6 +294,7 @@ def test_a_log_file_has_its_rows_while_the_run_goes_on(tmp_path):
         )
         while "loss 0.5" not in log.read_text() and child.poll() is None:
             pass
+        time.sleep(1)  # until it sleeps: Python ignores a Ctrl-C that meets a destructor
         child.send_signal(signal.SIGINT)
         assert child.wait() == 1
     text = log.read_text()

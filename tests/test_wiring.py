@@ -299,7 +299,7 @@ def test_recordings_have_the_mean_returns_of_who_was_recorded(tmp_path, monkeypa
 
 
 def test_miners_solver_does_not_go_down_from_under_a_boulder():
-    """A diamond two cells below an agent under a boulder: sideways first, though down is shorter."""
+    """A diamond two cells below an agent under a boulder: sideways first, though that is longer."""
     obs = np.full((1, 64, 64, 3), 99, int)  # dirt
 
     def fill(row, column, color):
