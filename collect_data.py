@@ -243,10 +243,10 @@ def train_expert(args, settings, device, path):
     values = torch.zeros((T + 1, B), device=device)  # the last row: of the frame after the rollout
 
     num_updates = max(1, args.expert_steps // (T * B))
+    log = common.MetricsLog(run / "expert.csv", num_updates * T * B, "step")
     resumable = dict(policy=policy, optimizer=optimizer, envs=envs, generator=generator)
-    resumable["normalize_rewards"] = normalize_rewards
+    resumable |= dict(normalize_rewards=normalize_rewards, log=log)
     start, _ = common.load_state(run / "expert_state.pt", args, resumable)
-    log = common.MetricsLog(run / "expert.csv", num_updates * T * B, "step", start)
     for update in range(start // (T * B) + 1, num_updates + 1):
         # play: sample an action from pi(o_t), step the games, scale the reward
         with torch.no_grad():
@@ -273,8 +273,7 @@ def train_expert(args, settings, device, path):
             common.check_finite(env_step, path, policy)
             act = common.make_player(lambda obs: policy(obs)[0], device, eval_seed)
             metrics["eval_return"] = common.evaluation_returns(settings, act, args).mean()
-            mean_return, episodes = common.pop_ended(envs)
-            log.write(env_step=env_step, mean_return=mean_return, episodes=episodes, **metrics)
+            log.write(env_step=env_step, **metrics)
             common.save_state(run / "expert_state.pt", args, env_step, resumable)
     log.bar.close()
     common.save_checkpoint(

@@ -219,7 +219,6 @@ class ProcgenEnvs:
 
     settings: game, frame_size and, if wanted, start_level, num_levels, plain, one_theme, see
     collect_data.py. obs: uint8 [B, S, S, 3], the current frames; rendered: the same at 64x64.
-    finished: (env, episodic return) of each episode that ended; the caller empties it.
     """
 
     def __init__(self, settings, num_envs, seed):
@@ -242,8 +241,6 @@ class ProcgenEnvs:
         )
         self.num_envs = num_envs
         self.frame_size = settings["frame_size"]
-        self.finished = []
-        self._returns = np.zeros(num_envs)
         self._observe()
 
     def _observe(self):
@@ -258,24 +255,16 @@ class ProcgenEnvs:
         """
         self.games.act(np.asarray(actions, np.int32))
         reward, done = self._observe()
-        self._returns += reward
-        for env in np.flatnonzero(done):
-            self.finished.append((int(env), float(self._returns[env])))
-        self._returns[done] = 0
         return self.obs, reward, done
 
     def state_dict(self):
         states = self.games.get_state()
         return dict(
-            games=[torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in states],
-            returns=self._returns.tolist(),
-            finished=self.finished,
+            games=[torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in states]
         )
 
     def load_state_dict(self, saved):
         self.games.set_state([state.numpy().tobytes() for state in saved["games"]])
-        self._returns = np.array(saved["returns"])
-        self.finished = saved["finished"]
         self._observe()
 
 
@@ -333,17 +322,20 @@ def make_player(compute_logits, device, seed):
 @torch.no_grad()
 def play_episodes(envs, act, episodes_per_env):
     """Returns float [B, episodes_per_env] of whole episodes; act: obs -> actions int [B]. Every
-    environment plays the same number: the first episodes to end are the short ones.
+    environment plays the same number: the first episodes to end are the short ones. No step was
+    taken in envs before.
     """
     returns = [[] for _ in range(envs.num_envs)]
+    running = np.zeros(envs.num_envs)  # returns of the current episodes so far
     bar = progress_bar(envs.num_envs * episodes_per_env, "episode", "play")
     while min(map(len, returns)) < episodes_per_env:
-        envs.step(act(envs.obs))
-        for env, episode_return in envs.finished:
+        _, reward, done = envs.step(act(envs.obs))
+        running += reward
+        for env in np.flatnonzero(done):
             if len(returns[env]) < episodes_per_env:
-                returns[env].append(episode_return)
+                returns[env].append(running[env])
                 bar.update()
-        envs.finished.clear()
+        running[done] = 0
     bar.close()
     return np.array(returns)
 
@@ -382,15 +374,6 @@ def save_animation(pictures, path):
         pictures[0].save(
             temporary, format="GIF", save_all=True, append_images=rest, duration=66, loop=0
         )
-
-
-def pop_ended(envs):
-    """Mean return and number of the episodes that ended since the last call. Those that end are the
-    short ones: for a fair mean see evaluation_returns().
-    """
-    returns = [episode_return for _, episode_return in envs.finished]
-    envs.finished.clear()
-    return float(np.mean(returns)) if returns else float("nan"), len(returns)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -803,7 +786,7 @@ def load_state(path, args, resumable, made_from=None):
         restore = x.set_state if isinstance(x, torch.Generator) else x.load_state_dict
         restore(state["states"][name])
     torch.set_rng_state(state["rng"])
-    print(f"resume: {path} is at step {state['step']:,}")
+    tqdm.write(f"resume: {path} is at step {state['step']:,}")
     return state["step"], state["values"]
 
 
@@ -818,43 +801,42 @@ class LogFile:
         sys.stderr.flush()
 
 
-def progress_bar(total, unit, description=None, initial=0):
+def progress_bar(total, unit, description=None):
     """tqdm's bar: steps, rate and time left; in a log file a line every 20 seconds."""
-    options = dict(total=total, unit=unit, desc=description, initial=initial)
+    options = dict(total=total, unit=unit, desc=description)
     if sys.stderr.isatty():
         return tqdm(**options, dynamic_ncols=True, mininterval=0.5)
     return tqdm(**options, file=LogFile(), ncols=0, mininterval=20, miniters=1, delay=20)
 
 
 class MetricsLog:
-    """A progress bar, and rows of metrics for the screen and a CSV file; first comes the step. A
-    run that resumes at the step `start` keeps the rows up to there.
+    """A progress bar, and rows of metrics for the screen and a CSV file; first comes the step. With
+    the rest of a run's state, it resumes at the saved step and row.
     """
 
-    def __init__(self, path, total, unit, start=0):
-        self.path = Path(path)
-        self.bar = progress_bar(total, unit, initial=start)
-        rows = []
-        if start and self.path.exists():
-            rows = self.path.read_text(errors="replace").splitlines()
-        columns = rows[0].count(",") if rows else 0
-        kept = rows[:1]
-        for row in rows[1:]:  # the last one may be damaged, if the disk was full
-            step = row.split(",")[0]
-            if step.isdigit() and int(step) <= start and row.count(",") == columns:
-                kept.append(row)
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(f"{row}\n" for row in kept))
+    def __init__(self, path, total, unit):
+        self.path = path
+        self.bar = progress_bar(total, unit)
+        self.lines = []  # of the CSV
 
     def write(self, **row):
         for name, value in row.items():
             row[name] = value.item() if isinstance(value, torch.Tensor) else value
-        with open(self.path, "a") as file:
-            if file.tell() == 0:
-                file.write(",".join(row) + "\n")
-            file.write(",".join(map(str, row.values())) + "\n")
+        if not self.lines:
+            self.lines.append(",".join(row))
+        self.lines.append(",".join(map(str, row.values())))
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("\n".join([*self.lines, ""]))
         shown = [f"{k} {x:.4g}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
         self.bar.write("  ".join(shown))
+
+    def state_dict(self):
+        return dict(lines=self.lines, steps=self.bar.n)
+
+    def load_state_dict(self, saved):
+        self.lines = saved["lines"]
+        bar = self.bar
+        bar.initial = bar.n = bar.last_print_n = saved["steps"]  # or it shows a wrong rate
 
 
 def save_figure(figure, path):

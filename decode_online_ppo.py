@@ -550,19 +550,19 @@ def main(args):
         return logits
 
     # --- training
+    rollout_size = args.num_envs * args.rollout_steps
+    num_updates = max(1, args.env_steps // rollout_size)
+    print(f"stage 3, online: {args.method} on {args.game}, {num_updates:,} updates on {device}")
+    log = common.MetricsLog(f"{output}.csv", num_updates * rollout_size, "step")
     resumable = dict(policy=policy, optimizer=optimizer, decoder=decoder, envs=envs)
-    resumable |= dict(generator=generator, normalize_rewards=normalize_rewards)
-    curve = dict(env_steps=[], returns=[], episodes=[], eval_returns=[])
+    resumable |= dict(generator=generator, normalize_rewards=normalize_rewards, log=log)
+    curve = dict(env_steps=[], eval_returns=[])
     made_from = common.fingerprint(latent_policy)
     start, saved = common.load_state(f"{output}_state.pt", args, resumable, made_from)
     if saved:
         curve = saved["curve"]
         rollout["frames"][-context - 1 :] = saved["frames"].to(device)
         rollout["first"][-context - 1 :] = saved["first"].to(device)
-    rollout_size = args.num_envs * args.rollout_steps
-    num_updates = max(1, args.env_steps // rollout_size)
-    print(f"stage 3, online: {args.method} on {args.game}, {num_updates:,} updates on {device}")
-    log = common.MetricsLog(f"{output}.csv", num_updates * rollout_size, "step", start)
     for update in range(start // rollout_size + 1, num_updates + 1):
         # play T steps of each game
         play_rollout(rollout, envs, frozen_forward, policy, normalize_rewards, generator)
@@ -582,11 +582,8 @@ def main(args):
             eval_returns = common.evaluation_returns(recording, act, args)
             metrics["eval_return"] = eval_returns.mean()
             metrics["decoder_accuracy"] = decoder.accuracy
-            mean_return, episodes = common.pop_ended(envs)
-            log.write(env_step=env_step, mean_return=mean_return, episodes=episodes, **metrics)
+            log.write(env_step=env_step, **metrics)
             curve["env_steps"].append(env_step)
-            curve["returns"].append(mean_return)
-            curve["episodes"].append(episodes)
             curve["eval_returns"].append(eval_returns.tolist())
             save_results(output, args, checkpoint, curve, policy, latent_policy, decoder)
             common.save_state(

@@ -174,9 +174,9 @@ def main(args):
     )
 
     # --- training
-    resumable = dict(policy=policy, optimizer=optimizer, schedule=schedule, sampler=store)
+    log = common.MetricsLog(run / "train_latent_bc.csv", args.grad_steps, "step")
+    resumable = dict(policy=policy, optimizer=optimizer, schedule=schedule, sampler=store, log=log)
     start, _ = common.load_state(state, args, resumable, made_from=dynamics_id)
-    log = common.MetricsLog(run / "train_latent_bc.csv", args.grad_steps, "step", start)
     for grad_step in range(start + 1, args.grad_steps + 1):
         # a minibatch of frames o_t and the latents z_t that the IDM gave them
         rows = store.draw(args.batch_size)

@@ -527,10 +527,10 @@ def main(args):
     )
 
     # --- training
+    log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step")
     resumable = dict(idm=idm, quantizer=quantizer, fdm=fdm, sampler=store)
-    resumable |= dict(optimizer=optimizer, schedule=schedule)
+    resumable |= dict(optimizer=optimizer, schedule=schedule, log=log)
     start, _ = common.load_state(state, args, resumable, made_from=train_frames_id)
-    log = common.MetricsLog(run / "train_latent_dynamics.csv", args.grad_steps, "step", start)
 
     def evaluate_and_save(grad_step, train_mse, commitment_loss):
         common.check_finite(grad_step, output, idm, fdm)

@@ -71,12 +71,8 @@ def project(z, method, seed):
 def find_clusters(z_q, num_clusters, seed):
     """k-means of z_q [N, Z]: the cluster of each row, int [N]; cluster 0 is the largest."""
     label = KMeans(num_clusters, n_init=4, random_state=seed).fit_predict(z_q)
-    ids, counts = np.unique(label, return_counts=True)
-    cluster = np.zeros_like(label)
-    by_size = ids[np.argsort(-counts, kind="stable")]
-    for number, old_label in enumerate(by_size):
-        cluster[label == old_label] = number
-    return cluster
+    by_size = np.argsort(-np.bincount(label), kind="stable")  # labels, largest cluster first
+    return np.argsort(by_size)[label]
 
 
 def medoids(z_q, group):

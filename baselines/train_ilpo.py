@@ -218,9 +218,10 @@ def main(args):
     )
 
     # --- training
-    resumable = dict(policy=policy, generator=generator, optimizer=optimizer, sampler=store)
+    log = common.MetricsLog(run / "train_ilpo.csv", args.grad_steps, "step")
+    resumable = dict(policy=policy, generator=generator, optimizer=optimizer)
+    resumable |= dict(sampler=store, log=log)
     start, _ = common.load_state(state, args, resumable, made_from=frames_id)
-    log = common.MetricsLog(run / "train_ilpo.csv", args.grad_steps, "step", start)
     for grad_step in range(start + 1, args.grad_steps + 1):
         # a minibatch of windows o_{t-k} .. o_{t+1}
         windows = store.windows_at(store.draw(args.batch_size))

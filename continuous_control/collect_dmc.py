@@ -207,6 +207,15 @@ class ControlEnvs:
             env.physics.free()
 
 
+def pop_ended(envs):
+    """Mean return and number of the episodes that ended since the last call. Those that end are the
+    short ones: mean_return() is fair.
+    """
+    returns = [episode_return for _, episode_return in envs.finished]
+    envs.finished.clear()
+    return float(np.mean(returns)) if returns else float("nan"), len(returns)
+
+
 def mean_return(recording, act, num_episodes, seed):
     """Of whole episodes, all at once; act: obs uint8 [B, S, S, 3], or states float32 [B, D] if the
     recording's frame_size is 0 -> actions float [B, A].
@@ -323,10 +332,11 @@ def train_expert(args, recording, path):
     rollout_size = T * B * args.action_repeat  # in steps of the suite
     num_updates = max(1, args.expert_steps // rollout_size)
     state_path = path.with_name(f"{path.stem}_state.pt")
-    resumable = dict(policy=policy, optimizer=optimizer, normalize_rewards=normalize_rewards)
+    log = common.MetricsLog(path.with_suffix(".csv"), num_updates * rollout_size, "step")
+    resumable = dict(policy=policy, optimizer=optimizer)
+    resumable |= dict(normalize_rewards=normalize_rewards, log=log)
     start, _ = common.load_state(state_path, args, resumable)
     normalize_rewards.discounted[:] = 0  # episodes start again
-    log = common.MetricsLog(path.with_suffix(".csv"), num_updates * rollout_size, "step", start)
     for update in range(start // rollout_size + 1, num_updates + 1):
         # play: sample an action from pi(state), step the environments, scale the reward
         with torch.no_grad():
@@ -359,7 +369,7 @@ def train_expert(args, recording, path):
         env_step = update * rollout_size
         if update % 20 == 0 or update == num_updates:
             common.check_finite(env_step, path, policy)
-            train_return, _ = common.pop_ended(envs)
+            train_return, _ = pop_ended(envs)
             std = policy.log_std.exp().mean()
             log.write(env_step=env_step, mean_return=train_return, std=std, loss=loss)
             if update < num_updates:

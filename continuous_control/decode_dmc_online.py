@@ -27,7 +27,13 @@ import torch.nn.functional as F
 from collect_data import compute_gae
 from decode_online_ppo import label_transitions, load_networks
 
-from continuous_control.collect_dmc import ControlEnvs, check_minibatches, pick_renderer, ppo_update
+from continuous_control.collect_dmc import (
+    ControlEnvs,
+    check_minibatches,
+    pick_renderer,
+    pop_ended,
+    ppo_update,
+)
 from continuous_control.decode_dmc import RegressionDecoder, fit, play, r2
 
 
@@ -301,15 +307,15 @@ def main(args):
     rollout["frames"][-1] = torch.from_numpy(envs.obs)
 
     # --- training
+    print(f"stage 3, online: {args.method} on {args.game}, {num_updates:,} updates on {device}")
+    log = common.MetricsLog(f"{output}.csv", num_updates * rollout_size, "step")
     resumable = dict(policy=policy, optimizer=optimizer, decoder=decoder, generator=generator)
-    resumable["normalize_rewards"] = normalize_rewards
+    resumable |= dict(normalize_rewards=normalize_rewards, log=log)
     curve = dict(env_steps=[], returns=[], episodes=[])
     made_from = common.fingerprint(latent_policy)
     start, saved = common.load_state(f"{output}_state.pt", args, resumable, made_from)
     curve = saved.get("curve", curve)
     normalize_rewards.discounted[:] = 0  # episodes start again
-    print(f"stage 3, online: {args.method} on {args.game}, {num_updates:,} updates on {device}")
-    log = common.MetricsLog(f"{output}.csv", num_updates * rollout_size, "step", start)
     for update in range(start // rollout_size + 1, num_updates + 1):
         # play T steps of each environment
         play_rollout(rollout, envs, encode, policy, normalize_rewards, args.gamma)
@@ -324,7 +330,7 @@ def main(args):
         env_step = update * rollout_size
         if env_step % args.log_every_steps < rollout_size or update == num_updates:
             common.check_finite(env_step, f"{output}.npz", policy)
-            mean_return, episodes = common.pop_ended(envs)
+            mean_return, episodes = pop_ended(envs)
             curve["env_steps"].append(env_step)
             curve["returns"].append(mean_return)
             curve["episodes"].append(episodes)

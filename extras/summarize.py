@@ -91,11 +91,14 @@ def label_rows(method, file, episodes, ending=""):
 
 
 def online_rows(method, file, episodes):
-    """Points of the curves of training episodes and of whole episodes at fixed steps."""
+    """Points of the curves of whole episodes at fixed steps, and in continuous control of the
+    training episodes that ended.
+    """
     rows = []
-    for step, mean_return, count in zip(file["env_steps"], file["returns"], file["episodes"]):
-        row = dict(method=method, env_steps=step, mean_return=mean_return)
-        rows.append(row | dict(episodes=count, kind="ended"))
+    if "returns" in file:
+        for step, mean_return, count in zip(file["env_steps"], file["returns"], file["episodes"]):
+            row = dict(method=method, env_steps=step, mean_return=mean_return)
+            rows.append(row | dict(episodes=count, kind="ended"))
     rows = thin(rows)
     played = []
     for step, returns in zip(file["env_steps"], file.get("eval_returns", ())):
@@ -108,14 +111,11 @@ def online_rows(method, file, episodes):
 
 
 def scratch_rows(path):
-    """PPO from scratch: training episodes, and whole episodes where there are any."""
+    """PPO from scratch: whole episodes at fixed steps."""
     rows = []
     for point in thin(read_csv(path)):
         row = dict(method="scratch", env_steps=point["env_step"])
-        ended = dict(mean_return=point["mean_return"], episodes=point["episodes"], kind="ended")
-        rows.append(row | ended)
-        if point.get("eval_return", "") not in ("", "nan"):
-            rows.append(row | dict(mean_return=point["eval_return"], kind="quota"))
+        rows.append(row | dict(mean_return=point["eval_return"], kind="quota"))
     return rows
 
 

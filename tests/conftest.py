@@ -164,11 +164,11 @@ class PaysForActions:
     """Each step is an episode whose return is the action's number."""
 
     def __init__(self, settings, num_envs, seed):
-        self.num_envs, self.finished = num_envs, []
+        self.num_envs = num_envs
         self.obs = np.zeros((num_envs, 16, 16, 3), np.uint8)
 
     def step(self, actions):
-        self.finished += list(enumerate(map(float, actions)))
+        return self.obs, actions, np.ones(self.num_envs, bool)
 
 
 class ToyGames:
@@ -180,8 +180,8 @@ class ToyGames:
     made = []
 
     def __init__(self, settings, num_envs, seed):
-        self.env, self.finished, self.num_envs = np.arange(num_envs), [], num_envs
-        self.episode, self.t, self.action, self.total = np.zeros((4, num_envs), int)
+        self.env, self.num_envs = np.arange(num_envs), num_envs
+        self.episode, self.t, self.action = np.zeros((3, num_envs), int)
         self.rng, self.log = np.random.default_rng(seed), []  # log: (reward, done) of each step
         self.made.append(self)
         self._show()
@@ -198,10 +198,9 @@ class ToyGames:
 
     def step(self, actions):
         reward = self.good(actions).astype(np.float32)
-        self.t, self.action, self.total = self.t + 1, actions, self.total + reward
+        self.t, self.action = self.t + 1, actions
         done = self.t == 5 + self.env
-        self.finished += [(int(e), float(self.total[e])) for e in np.flatnonzero(done)]
-        self.episode, self.t, self.total = self.episode + done, self.t * ~done, self.total * ~done
+        self.episode, self.t = self.episode + done, self.t * ~done
         self._show()
         self.log.append((reward, done))
         return self.obs, reward, done

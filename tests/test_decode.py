@@ -230,9 +230,7 @@ def test_every_transition_reaches_the_decoder_once_with_its_action(
     assert len(seen) == len(set(seen)) and set(seen) == expected
 
     curve = load(root / "runs/maze/decode_online_rl_sl.npz")
-    ended = np.diff([[i // (5 + e) for e in range(8)] for i in (0, 16, 32, 48)], axis=0).sum(1)
     assert curve["env_steps"].tolist() == [128, 256, 384]
-    assert curve["episodes"].tolist() == ended.tolist()
 
 
 def test_rewards_meet_their_dones_and_parts_their_learning_rates(
@@ -305,9 +303,9 @@ def test_ppo_finds_the_good_action_of_each_frame(root, toy_games):
     checkpoint = load(path)
     checkpoint["policy"]["hidden.weight"] *= 30  # random features hardly separate bright from dark
     common.save_checkpoint(path, **checkpoint)
-    run(online, root, env_steps=6144, entropy_coef=0.02, method="rl")
-    returns = load(root / "runs/maze/decode_online_rl.npz")["returns"]
-    assert returns[0] < 2 and returns[-1] > 5.5  # the same action always: about 3.9
+    run(online, root, env_steps=6144, entropy_coef=0.02, method="rl", eval_episodes=8)
+    returns = load(root / "runs/maze/decode_online_rl.npz")["eval_returns"].mean(1)
+    assert returns[0] < 5 and returns[-1] > 7  # of 8.5; the same action always: about 4.2
     after, before = load(root / "runs/maze/decode_online_rl.pt"), checkpoint["policy"]
     for name, weight in before.items():
         assert torch.equal(after["latent_policy"][name], weight)  # frozen
@@ -329,7 +327,7 @@ def test_the_decoder_alone_steers(root, toy_games, monkeypatch):
     checkpoint["policy"]["head.bias"] = F.one_hot(torch.tensor(7), 128).float()
     common.save_checkpoint(path, **checkpoint)
     refit = dict(refit_start=1024, refit_dense_until=1024, refit_stop=1024, refit_epochs=20)
-    run(online, root, **lr_ramps(2040, 2047, 0.1), **refit)
-    returns = load(root / "runs/maze/decode_online_rl_sl.npz")["returns"]
+    run(online, root, **lr_ramps(2040, 2047, 0.1), **refit, eval_episodes=8, log_every_steps=512)
+    returns = load(root / "runs/maze/decode_online_rl_sl.npz")["eval_returns"].mean(1)
     # the silent head halves the logits: 0.95 becomes about 0.5
-    assert returns[0] < 1 and returns[1] > 3
+    assert returns[0] < 1 and returns[1:].min() > 3

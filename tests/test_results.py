@@ -205,7 +205,7 @@ def test_returns_of_a_run_by_hand(tmp_path):
     online = dict(env_steps=[10, 20], returns=[np.nan, 8], episodes=[0, 3])
     played = dict(eval_returns=[[2, 3, 1], [4, 5, 9]])
     save(tmp_path, "a/b/decode_online_rl.npz", **online, **played)
-    text = "env_step,mean_return,episodes,eval_return\n10,1,2,\n20,3,4,2.5\n"
+    text = "env_step,eval_return\n10,1.5\n20,2.5\n"
     write_csv(tmp_path / "a/b/seed_1/miner/expert.csv", text)
     rows = summary(tmp_path)
     names = "method labels env_steps decoder mean_return policy_accuracy episodes kind"
@@ -223,8 +223,7 @@ def test_returns_of_a_run_by_hand(tmp_path):
         "rl,,10,,2,,3,quota",
         "rl,,20,,6,,3,quota",
         "bc_all,5000,,1,9,0.9,32,quota",
-        "scratch,,10,,1,,2,ended",
-        "scratch,,20,,3,,4,ended",
+        "scratch,,10,,1.5,,,quota",
         "scratch,,20,,2.5,,,quota",
     ]
     assert {(row["variant"], row["game"], row["seed"]) for row in rows} == {("a/b", "miner", "1")}

@@ -315,24 +315,6 @@ def test_miners_solver_does_not_go_down_from_under_a_boulder():
     assert solvers.walk("miner", obs)[0] == down
 
 
-def test_a_resumed_game_counts_the_rewards_from_before():
-    def make(seed):
-        return common.ProcgenEnvs(dict(game="bigfish", frame_size=64), 8, seed)
-
-    one = make(1)
-    rng = np.random.default_rng(0)
-    while abs(one._returns).sum() == 0:  # some episode has a reward already
-        one.step(rng.integers(15, size=8))
-    one.finished.clear()
-    other = make(2)
-    other.load_state_dict(one.state_dict() | dict(finished=[]))
-    while len(one.finished) < 16:
-        actions = rng.integers(15, size=8)
-        one.step(actions)
-        other.step(actions)
-    assert one.finished == other.finished
-
-
 @pytest.mark.parametrize("game", common.GAMES)
 def test_actions_that_are_merged_have_the_same_effect(game):
     """From each of some states: 15 copies of the state, an action each, then no action."""
