@@ -72,6 +72,7 @@ demo-untrained:
 # own. Folders as extras/summarize.py reads them: runs/<variant>/seed_<n>/<game>
 SMALL = --game $(GAME) --seed $(SEED) --data-dir laptop/data/seed_$(SEED) --runs-dir laptop/runs/$(1)/seed_$(SEED)
 SMALL_1 = --multiplier 1 --fdm-width 12 --batch-size 64 --lr 1e-3 --vq-decay 0.99 --predict-change --eval-every 500
+SMALL_STEPS = --grad-steps $(if $(filter bigfish,$(GAME)),15_000,6000)# docs/lessons.md, 10
 SMALL_VQ = --z-std 0.2  # without VQ it hurt on miner (docs/lessons.md, 9)
 SMALL_2 = --multiplier 1 --grad-steps 15_000 --lr 1e-3 --warmup-steps 100 --standardize --eval-every 1000
 SMALL_3 = --labels 16 64 256 1024 --decoder-seeds 3
@@ -79,7 +80,7 @@ SMALL_CLONE = --clone-steps 15_000 --labelled-steps 300 --clone-lr 1e-3
 SMALL_ONLINE = --env-steps 524_288 --log-every-steps 65_536
 laptop: .venv/installed
 	$(PY) collect_data.py $(call SMALL,lapo) --solver $(if $(filter bigfish,$(GAME)),--one-theme) --frame-size 32 --train-frames 262_144 --test-frames 16_384 --random-frames 65_536 --resume
-	$(PY) train_latent_dynamics.py $(call SMALL,lapo) $(SMALL_1) $(SMALL_VQ) --grad-steps 6000 --resume
+	$(PY) train_latent_dynamics.py $(call SMALL,lapo) $(SMALL_1) $(SMALL_VQ) $(SMALL_STEPS) --resume
 	$(PY) train_latent_bc.py $(call SMALL,lapo) $(SMALL_2) --resume
 	$(PY) decode_offline.py $(call SMALL,lapo) $(SMALL_3)
 	$(PY) train_latent_dynamics.py $(call SMALL,untrained) $(SMALL_1) $(SMALL_VQ) --grad-steps 0
@@ -93,11 +94,11 @@ laptop: .venv/installed
 laptop-ablations: .venv/installed
 	$(PY) -m baselines.label_efficiency $(call SMALL,lapo) $(SMALL_CLONE) --labels 16 256 --decoder-seeds 1 --methods vpt lapo_plus
 	$(PY) decode_online_ppo.py $(call SMALL,lapo) --method rl $(SMALL_ONLINE) --resume
-	$(PY) train_latent_dynamics.py $(call SMALL,no_vq) $(SMALL_1) --grad-steps 6000 --no-vq --resume
+	$(PY) train_latent_dynamics.py $(call SMALL,no_vq) $(SMALL_1) $(SMALL_STEPS) --no-vq --resume
 	$(PY) train_latent_bc.py $(call SMALL,no_vq) $(SMALL_2) --resume
 	$(PY) decode_offline.py $(call SMALL,no_vq) $(SMALL_3)
 	$(PY) decode_online_ppo.py $(call SMALL,no_vq) --method rl $(SMALL_ONLINE) --resume
-	$(PY) -m baselines.train_ilpo $(call SMALL,ilpo) --latents 5 --multiplier 1 --fdm-width 12 --batch-size 64 --grad-steps 6000 --lr 1e-3 --eval-every 500 --resume
+	$(PY) -m baselines.train_ilpo $(call SMALL,ilpo) --latents 5 --multiplier 1 --fdm-width 12 --batch-size 64 $(SMALL_STEPS) --lr 1e-3 --eval-every 500 --resume
 	$(PY) decode_online_ppo.py $(call SMALL,ilpo) --method rl $(SMALL_ONLINE) --resume
 	$(PY) collect_data.py $(call SMALL,scratch) --train-frames 0 $(if $(filter bigfish,$(GAME)),--one-theme) --frame-size 32 --expert-steps 524_288 --log-every-steps 65_536 --expert-multiplier 1 --experts-dir laptop/runs/scratch/seed_$(SEED) --minibatches 16 --resume
 
