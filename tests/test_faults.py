@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -276,7 +275,9 @@ def test_a_fault_of_the_code_keeps_its_traceback(monkeypatch):
 def test_a_log_file_has_its_rows_while_the_run_goes_on(tmp_path):
     """Without PYTHONUNBUFFERED, and with lines in place of a bar that is drawn again and again."""
     code = (
-        "import common, time\n"
+        "import common, signal, time\n"
+        # where the tests are a background job of a shell, children ignore Ctrl-C
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from dataclasses import dataclass\n"
         "@dataclass\nclass Args:\n    pass\n"
         "def main(args):\n"
@@ -293,7 +294,6 @@ def test_a_log_file_has_its_rows_while_the_run_goes_on(tmp_path):
         )
         while "loss 0.5" not in log.read_text() and child.poll() is None:
             pass
-        time.sleep(1)  # until it sleeps: Python ignores a Ctrl-C that meets a destructor
         child.send_signal(signal.SIGINT)
         assert child.wait() == 1
     text = log.read_text()
